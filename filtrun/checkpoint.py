@@ -1,0 +1,85 @@
+"""Checkpoints of a training: whole or absent, the last two kept, bit for bit what the run was."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from filtrun.errors import UserError
+from filtrun.method import Method
+from filtrun.pack import load_tree, save_tree
+
+if TYPE_CHECKING:
+    from filtrun.run import Run
+
+KEPT = 2
+_AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
+
+
+def weights_sha256(weights: dict[str, Tensor] | nn.Module) -> str:
+    """SHA-256 over names, shapes, types and bytes of a state dict, in name order."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        sha.update(tensor.flatten().view(dtype=_AS_INTEGER[tensor.element_size()]).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*.safetensors"))
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write the state of a training under its run folder and drop all but the last two."""
+    folder = run.dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        "step": run.step,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "methods": {m.slug: m.state_dict() for m in run.hooks if m.slug},
+    }
+    save_tree(folder / f"step-{run.step:09d}.safetensors", state)
+    for old in checkpoint_files(run.dir)[:-KEPT]:
+        old.unlink()
+
+
+def load_checkpoint(run: Run) -> bool:
+    """Take the newest readable checkpoint of the run folder; False when there is none."""
+    for path in reversed(checkpoint_files(run.dir)):
+        try:
+            state, _ = load_tree(path)
+        except UserError:
+            continue  # damaged: the one before it is still good
+        for method in run.hooks:
+            if method.slug in state["methods"]:
+                method.load_state_dict(state["methods"][method.slug])
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step = state["step"]
+        return True
+    return False
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished run; its weights are in model.safetensors."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+class Checkpoints(Method):
+    """Callback that writes a checkpoint every `every` steps; it must come after the callback that checks for NaN."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def after_step(self, run: Run) -> None:
+        if self.every and run.step % self.every == 0 and run.fabric.global_rank == 0:
+            save_checkpoint(run)

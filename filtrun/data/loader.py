@@ -1,0 +1,129 @@
+"""One epoch of batches: a fixed order for (seed, epoch), a slice for each rank, decoding ahead for streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from filtrun.data.split import Batch, Split, mix_seed, permutation, to_float
+from filtrun.errors import UserError
+
+
+def batches_per_epoch(split: Split, batch_size: int, drop_last: bool = True) -> int:
+    """How many batches `epoch_batches` yields without `skip`; a short last batch is kept if it is the only one."""
+    whole, left = divmod(len(split), batch_size)
+    return whole + bool(left and (not drop_last or not whole))
+
+
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> Tensor:
+    """The order of `n` samples in an epoch, int64 (n,): a pure function of its arguments."""
+    return permutation(n, "epoch", seed, epoch) if shuffle else torch.arange(n)
+
+
+def epoch_batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    device: str | torch.device,
+    skip: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """The batches of one epoch, on `device`.
+
+    The order depends on (seed, epoch) alone, whatever the number of workers, ranks and skipped batches; laid side by
+    side the ranks' slices are the batch of a single process. Nothing is drawn from torch's global generator except by
+    `augment`. A tensor-backed split is moved to `device` (once, see ``Split.to``) and read there without any
+    synchronisation; a stream is decoded by `workers` processes ahead of use.
+
+    Args:
+        batch_size: images per step over all ranks.
+        skip: leave out this many first batches without reading them (resume).
+        drop_last: leave out a last batch that is short, unless it is the only one.
+        rank, world: this process's slice. A short batch is shared out evenly; every rank gets the same number of
+            batches, so with fewer images than ranks a slice may be empty.
+        augment: called with x, float32 (n, C, H, W) in [0, 1], on `device`.
+        workers: decoding processes for a stream; 0 decodes in this one. A tensor-backed split needs none.
+
+    Raises:
+        UserError: `batch_size` below 1 or not divisible by `world`, an empty split, or an image that does not decode.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: at least 1 is needed")
+    if batch_size % world:
+        raise UserError(f"batch_size={batch_size} is shared by {world} processes; take a multiple of {world}")
+    if not 0 <= rank < world or skip < 0:
+        raise ValueError(f"rank {rank} of {world}, skip {skip}")
+    if not len(split):
+        raise UserError(f"the split {split.name!r} has no images")
+    order = epoch_order(len(split), seed, epoch, shuffle)
+    count = batches_per_epoch(split, batch_size, drop_last)
+    slices = [order[i * batch_size : (i + 1) * batch_size].tensor_split(world)[rank] for i in range(skip, count)]
+    device = torch.device(device)
+    if split.tensor_backed:
+        return _from_tensor(split.to(device), slices, augment)
+    return _from_stream(split, slices, device, augment, workers, mix_seed("workers", seed, epoch))
+
+
+def _from_tensor(split: Split, slices: list[Tensor], augment: Callable[[Tensor], Tensor] | None) -> Iterator[Batch]:
+    if not slices:
+        return
+    # The whole order moves in one copy; the pieces are views of it on the device.
+    for rows in torch.cat(slices).to(split.device, non_blocking=True).split([len(s) for s in slices]):
+        batch = split.batch(rows)
+        if augment is not None:
+            batch.x = augment(batch.x)
+        yield batch
+
+
+class _Slices(Dataset):
+    """Each item is one whole batch, still uint8; an image that does not decode is passed on as its message.
+
+    (An exception raised in a worker would reach the user as a page of worker traceback.)
+    """
+
+    def __init__(self, split: Split, slices: list[Tensor]) -> None:
+        self.split, self.slices = split, slices
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor] | str:
+        rows = self.slices[i]
+        try:
+            return self.split.read(rows), self.split.labels[rows], self.split.index[rows]
+        except UserError as error:
+            return str(error)
+
+
+def _from_stream(
+    split: Split,
+    slices: list[Tensor],
+    device: torch.device,
+    augment: Callable[[Tensor], Tensor] | None,
+    workers: int,
+    worker_seed: int,
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        _Slices(split, slices),
+        batch_size=None,
+        num_workers=min(workers, len(slices)),
+        pin_memory=device.type == "cuda",
+        # its own generator: a loader otherwise takes its base seed from the global one
+        generator=torch.Generator().manual_seed(worker_seed),
+    )
+    for item in loader:
+        if isinstance(item, str):
+            raise UserError(item)
+        images, labels, index = (t.to(device, non_blocking=True) for t in item)
+        x = to_float(images)
+        yield Batch(x if augment is None else augment(x), labels, index)

@@ -1,0 +1,33 @@
+"""The two ways a command ends badly, and the near-match hint that goes with the first."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: exit code 2, one clear message, no traceback."""
+
+    exit_code = 2
+
+
+class RunFailure(Exception):
+    """A run that could not finish (NaN loss, no memory, no disk space): exit code 1."""
+
+    exit_code = 1
+
+
+def closest(word: object, options: Iterable[object]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the option nearest to `word`, else an empty string."""
+    names = sorted({str(option) for option in options})
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.55)
+    if not near:  # a name cut short is a frequent slip that the ratio misses
+        near = [name for name in names if str(word) and name.startswith(str(word))][:1]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def unknown(what: str, word: object, options: Iterable[object]) -> UserError:
+    """Build the error for a name that is not among `options`: names it, the closest and all of them."""
+    names = sorted({str(option) for option in options})
+    return UserError(f"unknown {what} {str(word)!r}{closest(word, names)}\nallowed: {', '.join(names) or '(none)'}")

@@ -1,0 +1,154 @@
+"""One run from plan to record: base, evaluation, training, evaluation, finish, what is kept."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from filtrun import runner
+from filtrun.base import base_model, evaluate_base
+from filtrun.callbacks import Ema, Log
+from filtrun.checkpoint import Checkpoints, drop_checkpoints, load_checkpoint
+from filtrun.cost import environment, forward_flops, peak_memory, reset_peak_memory
+from filtrun.delta import save_delta
+from filtrun.loggers import JsonLines, Loggers
+from filtrun.method import count
+from filtrun.plan import Plan
+from filtrun.record import Record
+from filtrun.run import Run
+from filtrun.stages import Stages, file_sha256
+
+
+def new_run(plan: Plan, fabric: Any, folder: Path, bar: Any = None, log: Any = None) -> Run:
+    """The run of a plan, its data read and its splits cut; the model is still missing."""
+    data = plan.data.setup(plan.config["split_seed"])
+    stages = Stages(Path(plan.config["stages"]["root"]), log or (lambda line: None))
+    return Run(
+        fabric=fabric, task=plan.task, data=data, model=torch.nn.Module(), methods=plan.methods, trainer=plan.trainer,
+        stages=stages, seed=plan.config["seed"], dir=folder, normalize=plan.config["model"].get("normalize", "data"),
+        config=plan.config, which=plan.which, keeps=plan.keeps, bar=bar,
+    )  # fmt: skip
+
+
+def experiment(plan: Plan, fabric: Any, folder: Path, record: Record, bar: Any = None, log: Any = None) -> Record:
+    """Carry out a plan in `folder`, keeping `record` up to date; every process of a run calls this.
+
+    Raises UserError and RunFailure; the caller writes them into the record.
+    """
+    started, first = time.perf_counter(), fabric.global_rank == 0
+    run = new_run(plan, fabric, folder, bar, log)
+    record.stages = run.stages.used
+    record.environment = environment(run.device)
+    save = record.write if first else (lambda: None)
+    save()
+
+    run.model, base_sha256 = base_model(plan, run)
+    run.task.prepare(run)
+    run.shared["base_buffers"] = {name: b.detach().cpu().clone() for name, b in run.model.named_buffers()}
+    record.cost["total_params"] = count(run.model.parameters())
+    record.evaluation = run.task.notes(run)
+    if plan.trainer.evaluate and plan.base != "scratch":
+        record.metrics |= _named("base", evaluate_base(run, base_sha256))
+        _show(run, folder / "samples_before.png", record, "samples before", without_methods=True)
+    save()
+
+    loggers = _open_loggers(plan, folder, record.name) if first else Loggers()
+    try:
+        train(plan, run, record, loggers)
+        save()
+        measure(plan, run, record, base_sha256)
+    finally:
+        loggers.close()
+    record.cost["total_seconds"] = time.perf_counter() - started
+    record.status, record.error = "finished", None
+    save()
+    if first:
+        drop_checkpoints(folder)
+    return record
+
+
+def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
+    """Let the methods edit the model, resume from a checkpoint if there is one, and fit."""
+    log = Log(plan.trainer.log_every, loggers, run.bar)
+    ema = Ema(plan.trainer.ema) if plan.trainer.ema else None
+    run.callbacks = [log, *([ema] if ema else []), Checkpoints(plan.trainer.checkpoint_every)]
+    run.train_split = run.data.split("train", plan.which)
+    runner.edit(run)
+    trainable = count(p for p in run.model.parameters() if p.requires_grad)
+    runner.setup(run)
+    if run.optimizer is None:
+        run.callbacks = []
+    if ema is not None and run.optimizer is not None:
+        ema.start(run)
+    if run.optimizer is not None and load_checkpoint(run):
+        loggers.rewind(run.step)
+        log.last = run.step
+    reset_peak_memory(run.device)
+    runner.fit(run)
+    record.report = {m.slug: found for m in run.methods if (found := m.report(run))}
+    record.cost |= {
+        "trainable_params": int(next((r["trainable_params"] for r in record.report.values() if "trainable_params" in r), trainable)),
+        "peak_memory_bytes": peak_memory(run.device) if run.optimizer is not None else None,
+        "train_seconds": log.seconds,
+        "images_per_second": log.images / log.seconds if log.seconds else None,
+        "steps": run.step,
+    }
+
+
+def measure(plan: Plan, run: Run, record: Record, base_sha256: str) -> None:
+    """Evaluate, store the delta, finish, evaluate again where finishing changed the output, and show."""
+    folder, first = run.dir, run.fabric.global_rank == 0
+    if plan.trainer.evaluate:
+        with run.evaluating():
+            record.metrics |= _named("tuned", run.task.evaluate(run))
+    with run.evaluating():  # averaged weights, where there are any, are the ones to keep
+        before = run.task.probe(run)
+        if first:
+            stored = save_delta(run, folder, base_sha256)
+            record.cost["stored_bytes"] = stored.stat().st_size
+            record.artifacts.append(_artifact(folder, stored, "model"))
+    run.each_reversed("finish")
+    run.callbacks = []
+    with run.evaluating():
+        unchanged = torch.equal(before, run.task.probe(run))
+        record.cost["flops"] = forward_flops(lambda: run.task.probe(run))
+        if plan.trainer.evaluate:
+            # the same output to the bit gives the same metrics: no need to measure twice
+            again = _plain(record.metrics, "tuned") if unchanged else run.task.evaluate(run)
+            record.metrics |= _named("test", again)
+    if "nfe" in run.shared:
+        record.cost["nfe"] = run.shared["nfe"]
+    _show(run, folder / "samples.png", record, "samples")
+
+
+def _show(run: Run, path: Path, record: Record, kind: str, without_methods: bool = False) -> None:
+    methods, run.methods = run.methods, [] if without_methods else run.methods
+    try:
+        with run.evaluating():
+            drawn = run.task.show(run, path)
+    finally:
+        run.methods = methods
+    if drawn and run.fabric.global_rank == 0:
+        record.artifacts.append(_artifact(path.parent, path, kind))
+
+
+def _open_loggers(plan: Plan, folder: Path, name: str) -> Loggers:
+    loggers = [JsonLines(), *plan.loggers]
+    for logger in loggers:
+        logger.open(folder, name, plan.config)
+    return Loggers(loggers)
+
+
+def _artifact(folder: Path, path: Path, kind: str) -> dict[str, Any]:
+    return {"path": str(path.relative_to(folder)), "kind": kind, "sha256": file_sha256(path)}
+
+
+def _named(split: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{split}/{name}": float(value) for name, value in values.items()}
+
+
+def _plain(metrics: dict[str, float], split: str) -> dict[str, float]:
+    return {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith(f"{split}/")}

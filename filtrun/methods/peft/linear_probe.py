@@ -1,0 +1,29 @@
+"""Linear probe: only the classification head is trained; the features stay those of the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from filtrun.errors import UserError
+from filtrun.method import Method, train_head
+
+if TYPE_CHECKING:
+    from filtrun.run import Run
+
+
+@dataclass
+class LinearProbe(Method):
+    """Train the last linear layer on frozen features (the lower PEFT baseline, e.g. of Jia et al. 2022, VPT, Table 1).
+
+    Raises UserError for a task whose models have no classification head.
+    """
+
+    trains: ClassVar = "part"
+    tasks: ClassVar = ("classify",)
+    paper: ClassVar[str] = "linear probe (baseline; protocol of VPT, arXiv 2203.12119)"
+
+    def edit_model(self, run: Run) -> None:
+        if not run.task.head(run.model):
+            raise UserError("method=linear_probe needs a model with a classification head; use task=classify")
+        train_head(run)

@@ -1,0 +1,171 @@
+"""Plan: a composed configuration turned into checked objects, before anything is read, trained or written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from filtrun.build import build, typed
+from filtrun.errors import UserError, unknown
+from filtrun.loggers import Logger
+from filtrun.method import Method
+from filtrun.options import check_options
+from filtrun.task import Task
+from filtrun.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from filtrun.data.base import Data
+
+BASES = ("pretrain", "scratch", "checkpoint", "hub")
+CLASSES = ("auto", "all", "target", "source")
+NORMALIZE = ("data", "imagenet", "half", "none")
+MACHINE_KEYS = ("name", "device", "workers", "stages", "logger", "resume", "force", "trust")
+"""Keys that do not change what a run computes and are not in its key."""
+
+
+@dataclass
+class Plan:
+    """Everything a run is made of. `config` is the plain composed configuration, `choices` the option of each group."""
+
+    config: dict[str, Any]
+    choices: dict[str, str]
+    trainer: Trainer
+    pretrain: Trainer
+    data: Data
+    task: Task
+    methods: list[Method]
+    loggers: list[Logger]
+    base: str
+    which: str
+    trust: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: the given one, or method-data-model."""
+        methods = "+".join(m.slug for m in self.methods) or "none"
+        return self.config.get("name") or f"{methods}-{self.choices.get('data')}-{self.choices.get('model')}"
+
+    @property
+    def keeps(self) -> str | None:
+        """The classes a pre-trained base should not forget."""
+        return "source" if self.base == "pretrain" and self.which == "target" else None
+
+    def make_model(self, pretrained: bool = False) -> nn.Module:
+        """Build the model for the data (which must be set up); its weights come from torch's global generator."""
+        from torch import nn
+
+        sizes: dict[str, Any] = {
+            "num_classes": self.data.num_classes, "in_channels": self.data.channels, "image_size": self.data.image_size,
+        }  # fmt: skip
+        if pretrained:
+            sizes["pretrained"] = True
+        return build(self.config["model"], nn.Module, "model", trust=self.trust, **sizes)
+
+    def key(self) -> str:
+        """16 hex digits: configuration without machine keys, data content and code version."""
+        from filtrun import runner
+        from filtrun.build import resolve
+        from filtrun.code_version import code_version, module_version
+        from filtrun.stages import digest
+        from filtrun.train_stage import MACHINE_OPTIONS
+
+        config = {k: copy.deepcopy(v) for k, v in self.config.items() if k not in MACHINE_KEYS}
+        for option in MACHINE_OPTIONS:
+            config["trainer"].pop(option, None)
+            config["pretrain"].pop(option, None)
+        config["data"].pop("root", None)
+        model = resolve(self.config["model"]["_target_"], self.trust)
+        code = code_version(model, self.task, *self.methods) | {runner.__name__: module_version(runner.__name__)}
+        return digest({"config": config, "data": self.data.fingerprint(), "code": code})
+
+
+def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = None) -> Plan:
+    """Check a composed configuration and build its parts (not the model: its sizes come from the data).
+
+    Raises UserError for a wrong key, type or value, and for parts that do not fit each other.
+    """
+    from filtrun.data.base import Data
+
+    cfg = dict(config)
+    trust = list(cfg.get("trust") or [])
+    _check_choice("model.base", cfg["model"].get("base", "pretrain"), BASES)
+    _check_choice("model.normalize", cfg["model"].get("normalize", "data"), NORMALIZE)
+    _check_choice("classes", cfg["classes"], CLASSES)
+    for key, low in (("seed", 0), ("split_seed", 0), ("workers", 1)):
+        if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < low:
+            raise UserError(f"{key}={cfg[key]!r} must be a whole number from {low}")
+    trainer = make_trainer(cfg["trainer"], "trainer")
+    pretrain = {**cfg["trainer"], **{k: v for k, v in cfg["pretrain"].items() if k != "seed"}}
+    if "steps" in cfg["pretrain"] and cfg["pretrain"]["steps"] is not None:
+        pretrain["epochs"] = None
+    elif cfg["pretrain"].get("epochs") is not None:
+        pretrain["steps"] = None
+    base = cfg["model"].get("base", "pretrain")
+    which = cfg["classes"] if cfg["classes"] != "auto" else ("target" if base == "pretrain" else "all")
+    plan = Plan(
+        config=cfg,
+        choices=dict(choices or {}),
+        trainer=trainer,
+        pretrain=make_trainer(pretrain, "pretrain"),
+        data=build(cfg["data"], Data, "data", trust=trust),
+        task=build(cfg["task"], Task, "task", trust=trust),
+        methods=make_methods(cfg.get("method") or {}, trust),
+        loggers=[build(node, Logger, f"logger.{k}", trust=trust) for k, node in (cfg.get("logger") or {}).items()],
+        base=base,
+        which=which,
+        trust=trust,
+    )
+    check_fit(plan)
+    return plan
+
+
+def make_trainer(node: Mapping[str, Any], where: str) -> Trainer:
+    """A checked Trainer from its config node."""
+    trainer = Trainer(**typed(Trainer, node, where))
+    check_options(trainer, where)
+    return trainer
+
+
+def make_methods(nodes: Mapping[str, Any], trust: list[str]) -> list[Method]:
+    """The methods of a run in their order, each knowing its key in the config."""
+    methods = []
+    for slug, node in nodes.items():
+        if not isinstance(node, Mapping):
+            raise UserError(f"method.{slug}={node!r} is no method; choose one with method={slug}")
+        method = build(node, Method, f"method.{slug}", trust=trust)
+        method.slug = slug
+        methods.append(method)
+    return methods
+
+
+def check_fit(plan: Plan) -> None:
+    """Raise UserError when model, task and methods do not go together, naming what would."""
+    kind, model = plan.task.kind, plan.choices.get("model", "model")
+    tasks = plan.config["model"].get("tasks") or [kind]
+    if kind not in tasks:
+        raise UserError(f"model={model} does task={' or '.join(tasks)}, not task={kind}; {_models_for(kind)}")
+    for method in plan.methods:
+        node = plan.config["method"][method.slug]
+        fits = (node.get("needs") or {}).get("tasks") or method.tasks
+        if fits is not None and kind not in fits:
+            raise UserError(f"method={method.slug} works with task={' or '.join(fits)}, not task={kind}; {_models_for(fits[0])}")
+    if plan.base == "checkpoint" and not plan.config["model"].get("checkpoint"):
+        raise UserError("model.base=checkpoint needs model.checkpoint=FILE (a .safetensors or .pth file of weights)")
+    if plan.base != "checkpoint" and plan.config["model"].get("checkpoint"):
+        raise UserError(f"model.checkpoint is set but model.base={plan.base}; set model.base=checkpoint to use it")
+
+
+def _models_for(kind: str) -> str:
+    from filtrun.catalogue import entries
+
+    names = [e.name for e in entries("models") if kind in e.tasks]
+    return f"models that do {kind}: {', '.join(names)}"
+
+
+def _check_choice(key: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise unknown(key, value, options)

@@ -1,0 +1,104 @@
+"""THE loop. Methods hook into it, tasks give it a loss; nothing else in filtrun trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from filtrun.errors import UserError
+from filtrun.run import Run
+from filtrun.trainer import Phase, grouped, lr_factor, make_optimizer
+
+
+def edit(run: Run) -> None:
+    """Let the methods prepare and edit the model; afterwards `requires_grad` says what trains."""
+    run.weights = dict(run.model.named_parameters())
+    run.each("prepare")
+    kinds = {m.trains for m in run.methods}
+    run.model.requires_grad_(kinds == {"all"} or kinds == {"all", "nothing"})
+    run.each("edit_model")
+
+
+def setup(run: Run) -> None:
+    """After all surgery: optimizer, phases and Fabric's wrapping."""
+    trainer = run.trainer
+    own = [groups for m in run.methods for groups in m.param_groups(run)]
+    groups = grouped((p for p in run.model.parameters() if p.requires_grad), own)
+    if trainer.channels_last:
+        run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if trainer.compile:
+        run.model.compile()
+    planned = [p for p in (m.phases(run) for m in run.methods) if p is not None]
+    if len(planned) > 1:
+        raise UserError("two methods plan the phases of the run: " + ", ".join(m.slug for m in run.methods))
+    images = len(run.train_split) if run.train_split is not None else 0
+    run.phases = planned[0] if planned else [Phase(run.label, trainer.total_steps(images))]
+    if not groups:
+        run.phases = []
+        run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
+    else:
+        run.net, run.optimizer = run.fabric.setup(run.model, make_optimizer(trainer, groups))
+    run.net.train()
+
+
+def chunks(batch: Any, parts: int) -> list[Any]:
+    """Cut a batch into `parts` micro-batches of equal size (views, no copies)."""
+    if parts == 1:
+        return [batch]
+    size = -(-len(batch) // parts)
+    columns = [getattr(batch, f.name).split(size) for f in dataclasses.fields(batch)]
+    return [type(batch)(*column) for column in zip(*columns, strict=True)]
+
+
+def train_step(run: Run, batch: Any) -> Tensor:
+    """Forward, backward (over micro-batches) and one optimizer step; returns the mean loss, still on the device."""
+    parts = chunks(batch, run.trainer.accumulate)
+    total, task_total = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    for i, part in enumerate(parts):
+        run.seed_step(i + 1)
+        with run.fabric.no_backward_sync(run.net, enabled=i + 1 < len(parts)):
+            task_loss = loss = run.task.loss(run, part)
+            for method in run.methods:
+                loss = method.loss(run, part, loss)
+            run.fabric.backward(loss / len(parts))
+        total += loss.detach() / len(parts)
+        task_total += task_loss.detach() / len(parts)
+    run.each("after_backward")
+    if run.trainer.clip:
+        run.fabric.clip_gradients(run.net, run.optimizer, max_norm=run.trainer.clip, error_if_nonfinite=False)
+    run.optimizer.step()
+    run.task_loss = task_total
+    return total
+
+
+def fit(run: Run) -> None:
+    """Train to the end of the last phase, from `run.step` on (not 0 when a checkpoint was loaded)."""
+    owners = [m for m in run.methods if m.own_step is not None]
+    if len(owners) > 1:
+        raise UserError("two methods own the training step: " + ", ".join(m.slug for m in owners))
+    step_of: Callable[[Run, Any], Tensor] = owners[0].own_step if owners and owners[0].own_step else train_step
+    done = 0
+    for run.phase in run.phases:
+        end = done + run.phase.steps
+        if run.step <= done:
+            run.each("start_phase")
+        while run.step < end:
+            run.epoch, position = divmod(run.step, run.steps_per_epoch)
+            for batch in run.batches(run.epoch, skip=position):
+                factor = lr_factor(run.trainer, run.step - done, run.phase.steps)
+                for group in run.optimizer.param_groups:
+                    peak = group["base_lr"] if run.phase.lr is None else run.phase.lr
+                    group["lr"] = peak * factor
+                run.seed_step()
+                run.total_loss = step_of(run, run.augment(batch))
+                run.step += 1
+                run.each("after_step")
+                run.optimizer.zero_grad()
+                if run.step == end:
+                    break
+            run.each("after_epoch")
+        done = end

@@ -1,0 +1,84 @@
+"""Train a model as a cached stage with the ordinary loop: bases to adapt, judges, classifiers that guide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from filtrun import runner
+from filtrun.callbacks import Log
+from filtrun.code_version import code_version, module_version
+from filtrun.loggers import Loggers
+from filtrun.methods.baseline.full import Full
+from filtrun.pack import load_tree, save_tree
+from filtrun.run import Run, seed_generators
+from filtrun.task import Task
+from filtrun.trainer import Trainer
+
+MACHINE_OPTIONS = ("devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate")
+"""Trainer options that change how training runs and not what it computes: they are in no key."""
+
+
+def trainer_key(trainer: Trainer) -> dict[str, Any]:
+    """The options of a trainer that change its result."""
+    return {name: value for name, value in dataclasses.asdict(trainer).items() if name not in MACHINE_OPTIONS}
+
+
+def train_stage(
+    run: Run,
+    name: str,
+    make: Callable[[], nn.Module],
+    *,
+    parts: Mapping[str, Any],
+    task: Task,
+    trainer: Trainer,
+    which: str = "all",
+    seed: int = 0,
+    normalize: str = "data",
+) -> tuple[nn.Module, Path]:
+    """Return (the trained model, its stage folder), trained now or taken from the cache.
+
+    Args:
+        run: the run that needs it: gives device, data and stage cache.
+        name: what the stage is called.
+        make: builds the untrained model; called under `seed`.
+        parts: what the model itself depends on; data, task, trainer, seed and code are added here.
+        which: classes it is trained on.
+    """
+    seed_generators(seed, run.device)
+    model = make()
+    key = {
+        **parts,
+        "data": run.data.fingerprint(),
+        "which": which,
+        "classes": [run.data.source, run.data.target],
+        "splits": [run.data.seed, run.data.val_fraction, run.data.few_shot if which != "source" else 0],
+        "augment": str(task.augment(run.data)),
+        "task": {"kind": task.kind, **task.training_key()},
+        "trainer": trainer_key(trainer),
+        "seed": seed,
+        "normalize": normalize,
+        "code": {**code_version(model, task), runner.__name__: module_version(runner.__name__)},
+    }
+
+    def build(folder: Path) -> None:
+        log = Log(trainer.log_every, Loggers(), run.bar)
+        inner = Run(
+            fabric=run.fabric, task=task, data=run.data, model=model, methods=[Full()], trainer=trainer,
+            stages=run.stages, seed=seed, train_split=run.data.split("train", which), normalize=normalize,
+            callbacks=[log], label=name, which=which, bar=run.bar,
+        )  # fmt: skip
+        runner.edit(inner)
+        runner.setup(inner)
+        runner.fit(inner)
+        if run.fabric.global_rank == 0:
+            save_tree(folder / "model.safetensors", inner.model.state_dict())
+
+    folder = run.stage(name, key, build)
+    fresh_state, _ = load_tree(folder / "model.safetensors")
+    model.load_state_dict(fresh_state)
+    return model.to(run.device), folder

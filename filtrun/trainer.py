@@ -1,0 +1,107 @@
+"""How long, how fast and how precisely a run trains: options, optimizer, schedule, phases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from filtrun.errors import UserError
+from filtrun.options import opt
+
+
+@dataclass
+class Trainer:
+    """Training options; the batch size is global: each process gets its share of it."""
+
+    steps: int | None = opt(300, "optimizer steps; null to count in epochs", low=0)
+    epochs: float | None = opt(None, "passes over the training split, if steps is null", low=0)
+    batch_size: int = opt(64, "images per optimizer step, over all processes and accumulation", low=1)
+    accumulate: int = opt(1, "micro-batches one step's batch is cut into, to save memory", low=1)
+    lr: float = opt(1e-3, "peak learning rate", low=0)
+    weight_decay: float = opt(0.01, "decoupled weight decay (adamw), or L2 (sgd)", low=0)
+    optimizer: str = opt("adamw", "update rule", choices=("adamw", "adam", "sgd"))
+    betas: list[float] = opt([0.9, 0.999], "moment decay of adam and adamw")
+    eps: float = opt(1e-8, "term in the denominator of adam and adamw", low=0)
+    momentum: float = opt(0.9, "momentum of sgd", low=0, high=1)
+    nesterov: bool = opt(True, "Nesterov momentum for sgd")
+    schedule: str = opt("cosine", "learning rate after warm-up", choices=("constant", "cosine", "linear"))
+    warmup: int = opt(0, "steps of linear warm-up", low=0)
+    clip: float = opt(1.0, "largest gradient norm; 0 for no clipping", low=0)
+    ema: float = opt(0.0, "decay of averaged weights used for evaluation; 0 for none", low=0, high=0.999999)
+    precision: str = opt("32", "arithmetic of forward and backward", choices=("32", "bf16", "16"))
+    devices: int = opt(1, "processes on this machine", low=1)
+    nodes: int = opt(1, "machines", low=1)
+    compile: bool = opt(False, "torch.compile the model for training")
+    channels_last: bool = opt(False, "channels-last memory layout")
+    log_every: int = opt(20, "steps between log lines", low=1)
+    checkpoint_every: int = opt(200, "steps between checkpoints; 0 for none", low=0)
+    evaluate: bool = opt(True, "evaluate before and after training")
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(
+                f"set exactly one of trainer.steps={self.steps} and trainer.epochs={self.epochs}; make the other null"
+            )
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"trainer.betas={self.betas} must be two numbers in [0, 1)")
+        if self.accumulate and self.batch_size % self.accumulate:
+            raise UserError(f"trainer.batch_size={self.batch_size} is no multiple of trainer.accumulate={self.accumulate}")
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of the whole training on a split of `images` images (incomplete batches are dropped)."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or 0) * max(1, images // self.batch_size))
+
+
+@dataclass
+class Phase:
+    """A stretch of training with its own schedule, e.g. regularise, then fine-tune.
+
+    `steps` optimizer steps starting at learning rate `lr` (None: the trainer's).
+    """
+
+    name: str
+    steps: int
+    lr: float | None = None
+
+
+def make_optimizer(trainer: Trainer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer over `groups`; each remembers its peak learning rate as ``base_lr``."""
+    for group in groups:
+        group.setdefault("lr", trainer.lr)
+        group.setdefault("weight_decay", trainer.weight_decay)
+    if trainer.optimizer == "sgd":
+        nesterov = trainer.nesterov and trainer.momentum > 0
+        made: torch.optim.Optimizer = torch.optim.SGD(
+            groups, lr=trainer.lr, momentum=trainer.momentum, nesterov=nesterov
+        )
+    else:
+        kind = torch.optim.AdamW if trainer.optimizer == "adamw" else torch.optim.Adam
+        betas = (trainer.betas[0], trainer.betas[1])
+        # the fused kernel updates all tensors in one go; torch's own loop costs more than a tiny model's forward
+        made = kind(groups, lr=trainer.lr, betas=betas, eps=trainer.eps, fused=True)
+    for group in made.param_groups:
+        group["base_lr"] = group["lr"]
+    return made
+
+
+def lr_factor(trainer: Trainer, step: int, total: int) -> float:
+    """Share of the peak learning rate at `step` (from 0) of `total`: linear warm-up, then the schedule to 0."""
+    if step < trainer.warmup:
+        return (step + 1) / trainer.warmup
+    if trainer.schedule == "constant" or total <= trainer.warmup:
+        return 1.0
+    progress = min(1.0, (step - trainer.warmup) / (total - trainer.warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress)) if trainer.schedule == "cosine" else 1.0 - progress
+
+
+def grouped(trainable: Iterable[torch.nn.Parameter], extra: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Optimizer groups: the methods' own, then one of every other trainable parameter."""
+    taken = {id(p) for group in extra for p in group["params"]}
+    rest = [p for p in trainable if id(p) not in taken]
+    return [*extra, {"params": rest}] if rest else extra
