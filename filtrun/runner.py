@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from filtrun.errors import UserError
-from filtrun.run import Run
+from filtrun.run import Run, mix_seed, seed_generators
 from filtrun.trainer import Phase, grouped, lr_factor, make_optimizer
 
 
 def edit(run: Run) -> None:
     """Let the methods prepare and edit the model; afterwards `requires_grad` says what trains."""
     run.weights = dict(run.model.named_parameters())
+    # what methods draw must not depend on whether the base was trained just now or taken from the cache
+    seed_generators(mix_seed(run.seed, 0), run.device)
     run.each("prepare")
     kinds = {m.trains for m in run.methods}
     run.model.requires_grad_(kinds == {"all"} or kinds == {"all", "nothing"})

@@ -41,20 +41,30 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
+def keep_order(module: nn.Module, order: list[str]) -> None:
+    """Put the module's own parameters back into `order` after one was taken out and registered again."""
+    for name in order:
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)
+
+
 class ScatterEntries:
     """The entries of one parameter where `mask` holds, as a vector parameter `values` (k,) in row-major order.
 
     The parameter is taken out of its modules; they keep the dense tensor as a buffer, and the forward pass sees it
-    with gradients going to `values`. `active` (k,) says which entries still train once `freeze` was called.
+    with gradients going to `values`. `active` (k,) says which entries still train once `freeze` was called; `kept`
+    holds the values of the others, and is read off at the next `sync` where it is None.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, mask: Tensor, owners: list[tuple[nn.Module, str]]) -> None:
-        self.name, self.owners = name, owners
+        self.name, self.owners, self.parameter = name, owners, parameter
         self.active: Tensor | None = None
         self.kept: Tensor | None = None
+        self._hook: Any = None
         index = mask.flatten().nonzero().flatten()
         self.values = nn.Parameter(parameter.detach().take(index))
         module, attribute = owners[0]
+        self._orders = [list(owner._parameters) for owner, _ in owners]
         for owner, at in owners:
             del owner._parameters[at]
         module.register_parameter(f"{attribute}_values", self.values)
@@ -83,24 +93,48 @@ class ScatterEntries:
 
     @torch.no_grad()
     def sync(self, magnitude: bool = False) -> None:
-        """Write `values` into the dense tensor (their magnitudes if asked); frozen entries get their value back."""
+        """Write `values` into the dense tensor; frozen entries get their value back, the others lose their sign if
+        `magnitude` is set."""
         if self._bound is not self.dense:  # the model was moved to another device
             self._bind()
-        if self.active is not None and self.kept is not None:
-            self.values.data = torch.where(self.active, self.values, self.kept)
-        self.dense.put_(self.index, self.values.abs() if magnitude else self.values.detach())
+        self._keep_frozen()
+        values = self.values.detach()
+        if magnitude:
+            values = values.abs() if self.active is None else torch.where(self.active, values.abs(), values)
+        self.dense.put_(self.index, values)
+
+    @torch.no_grad()
+    def _keep_frozen(self) -> None:
+        """Undo what the optimizer (weight decay, moments) did to entries that do not train."""
+        if self.active is None:
+            return
+        if self.kept is None:
+            self.kept = self.values.detach().clone()
+        if self.active.device != self.values.device:
+            self.active, self.kept = self.active.to(self.values.device), self.kept.to(self.values.device)
+        self.values.copy_(torch.where(self.active, self.values, self.kept))
 
     @torch.no_grad()
     def mask(self) -> Tensor:
         """Where training still acts, a bool tensor of the dense shape."""
         mask = torch.zeros(self.dense.shape, dtype=torch.bool, device=self.dense.device)
-        return mask.put_(self.index, torch.ones_like(self.index, dtype=torch.bool) if self.active is None else self.active)
+        active = torch.ones_like(self.index, dtype=torch.bool) if self.active is None else self.active
+        return mask.put_(self.index, active)
 
     @torch.no_grad()
     def freeze(self, active: Tensor) -> None:
-        """From now on only the entries where `active` (k,) holds train; the others keep their present value."""
-        self.active = active.to(self.values.device)
-        self.kept = self.values.detach().clone()
+        """From now on only the entries where `active` (k,) holds train; the others keep their value.
+
+        Their value is the one at the next `sync`, so that a loaded state can be frozen before its values are there.
+        """
+        self.active, self.kept = active.reshape(self.values.shape).to(self.values.device), None
+        if self._hook is None:  # a gradient that moves nothing must not count when gradients are clipped
+            self._hook = self.values.register_hook(self._masked)
+
+    def _masked(self, grad: Tensor) -> Tensor:
+        if self.active is None:
+            return grad
+        return grad.masked_fill(~self.active.to(grad.device), 0)
 
     @torch.no_grad()
     def add_grad(self, dense_grad: Tensor) -> None:
@@ -112,13 +146,18 @@ class ScatterEntries:
         """Put an ordinary parameter with the trained entries back into the modules, and return it."""
         self.sync()
         module, attribute = self.owners[0]
-        parameter = nn.Parameter(self.dense)
+        parameter = self.parameter  # the same object as before: other methods may hold it
+        parameter.data = self.dense
+        parameter.requires_grad_(True)
+        if self._hook is not None:
+            self._hook.remove()
         del module._parameters[f"{attribute}_values"], module._buffers[f"{attribute}_dense"]
         del module._buffers[f"{attribute}_index"]
         module._non_persistent_buffers_set -= {f"{attribute}_dense", f"{attribute}_index"}
-        for owner, at in self.owners:
+        for (owner, at), order in zip(self.owners, self._orders, strict=True):
             object.__delattr__(owner, at)
             owner.register_parameter(at, parameter)
+            keep_order(owner, order)
         return parameter
 
 
@@ -126,10 +165,10 @@ class DenseEntries(ScatterEntries):
     """The same with an ordinary parameter: dense gradient and optimizer state, masked. Costs more memory."""
 
     def __init__(self, name: str, parameter: nn.Parameter, mask: Tensor, owners: list[tuple[nn.Module, str]]) -> None:
-        self.name, self.owners, self.values = name, owners, parameter
+        self.name, self.owners, self.values, self.parameter = name, owners, parameter, parameter
         self.active, self.kept = mask, parameter.detach().clone()
         parameter.requires_grad_(True)
-        self._hook = parameter.register_hook(lambda grad: grad * self.active)
+        self._hook = parameter.register_hook(self._masked)
 
     @property
     def dense(self) -> Tensor:
@@ -139,25 +178,16 @@ class DenseEntries(ScatterEntries):
     def index(self) -> Tensor:
         return torch.arange(self.values.numel(), device=self.values.device)
 
-    @torch.no_grad()
     def sync(self, magnitude: bool = False) -> None:
-        assert self.active is not None and self.kept is not None
-        if self.active.device != self.values.device:
-            self.active, self.kept = self.active.to(self.values.device), self.kept.to(self.values.device)
-        self.values.copy_(torch.where(self.active, self.values, self.kept))
+        self._keep_frozen()
 
     def mask(self) -> Tensor:
         assert self.active is not None
         return self.active
 
     @torch.no_grad()
-    def freeze(self, active: Tensor) -> None:
-        self.active = active.reshape(self.values.shape).to(self.values.device)
-        self.kept = self.values.detach().clone()
-
-    @torch.no_grad()
     def add_grad(self, dense_grad: Tensor) -> None:
-        grad = dense_grad * self.active
+        grad = self._masked(dense_grad)
         self.values.grad = grad if self.values.grad is None else self.values.grad.add_(grad)
 
     def restore(self) -> nn.Parameter:

@@ -101,6 +101,7 @@ def diffusers_denoiser(
     in_channels: int = 3,
     num_classes: int = 10,
     image_size: int = 32,
+    pretrained: bool = False,
     **config: Any,
 ) -> DiffusersDenoiser:
     """Build a diffusers network as a denoiser, from a config or from published weights.
@@ -112,6 +113,7 @@ def diffusers_denoiser(
         subfolder: the network's place in a pipeline (``unet``, ``transformer``); found by itself in a local folder.
         in_channels, num_classes: of the data. A class-conditional network has num_classes + 1 embeddings.
         image_size: side in pixels.
+        pretrained: insist on `weights`.
         config: arguments of the diffusers class that replace those of the small config (not with `weights`).
 
     Raises:
@@ -126,6 +128,8 @@ def diffusers_denoiser(
     if cls not in CLASSES:
         raise unknown("model.cls", cls, CLASSES)
     target = getattr(diffusers, cls)
+    if pretrained and weights is None:
+        raise UserError("model.base=hub needs model.weights: a hub id of the form OWNER/NAME, or a local folder")
     if weights is not None:
         if config:
             raise UserError(f"model.{next(iter(config))} cannot be set beside model.weights, which fix the config")

@@ -61,7 +61,7 @@ def timm_classifier(
             "num_classes": arguments["num_classes"],
         }
     elif pretrained and not timm.is_model_pretrained(name):
-        raise UserError(f"model.pretrained=true: timm publishes no weights for {name!r}; set model.pretrained=false")
+        raise UserError(f"timm publishes no weights for model.name={name}; start from model.base=scratch or pretrain")
     source = weights or ("published weights" if pretrained else None)
     with hub_cache_if_offline() if pretrained and weights is None else contextlib.nullcontext():
         model = _create(name, bool(source), arguments, image_size, source)
@@ -98,7 +98,7 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any], image_size: 
         except (OSError, ConnectionError) as error:  # the hub's and urllib's failures derive from OSError
             raise UserError(
                 f"model.name={name}: the published weights could not be fetched ({type(error).__name__})\n"
-                "without a network set model.weights=FILE, or model.pretrained=false to start from scratch"
+                "without a network set model.weights=FILE, or start from model.base=scratch"
             ) from error
         except (RuntimeError, ValueError, KeyError, AssertionError, ZeroDivisionError) as error:
             what = f"{image_size}-pixel images" + (f" from {source}" if source else "")

@@ -84,12 +84,13 @@ def test_samples_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"size": "tiny"}, {"size": "nano", "blocks": 2, "attention": [8, 4], "dropout": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"size": "tiny"}, {"size": "nano", "blocks": 2, "attention": [8, 4], "dropout": 0.1}]
+)
 def test_gradient_reaches_every_parameter(options: dict) -> None:
     net = perturbed(**options).train()
     x, c, y = inputs(22, 1, 8)
     (net(x, c, y) * torch.randn(22, 1, 8, 8)).sum().backward()
-    # keys have no bias that matters: softmax cancels it, so the middle third of the qkv bias is exempt
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     assert (net.classes.weight.grad.abs().sum(1) > 0).all()  # type: ignore[union-attr]

@@ -30,6 +30,8 @@ class BitFit(Method):
         biases = [p for name, p in run.weights.items() if name.rpartition(".")[2].endswith("bias")]
         if not biases:
             raise UserError("method=bitfit found no bias in this model; choose another method or model")
+        head = [] if not self.head else run.task.head(run.model)
+        run.claim(self, [b for b in biases if not any(b is p for p in head)])
         for bias in biases:
             bias.requires_grad_(True)
         if self.head:

@@ -16,6 +16,8 @@ Where this differs from the official code, on purpose:
 Alone, on any model, in one line (the returned AdamW also does the low-rank term and the re-selection):
 
 >>> optimizer = SaRA(threshold=2e-3, lambda_rank=5e-4, progressive_iter=2500).optimizer(model)  # doctest: +SKIP
+
+Kept in a variable, the SaRA object also has ``detach()``, which leaves a plain model with the trained weights.
 """
 
 from __future__ import annotations
@@ -110,6 +112,7 @@ class SaRA(Method):
         self.updates = 0
         self.switched = False
         self._quirk = self.official_sign_quirk
+        self._follows = False
         self._stale = True
         self._versions = -1
 
@@ -136,7 +139,7 @@ class SaRA(Method):
                 self.entries.append(kind(name, parameter, mask, owners[id(parameter)]))
         if not self.entries:
             smallest = min(p.detach().abs().min().item() for p in parameters.values())
-            raise UserError(f"method.sara.threshold={self.theta} chooses nothing: the smallest weight is {smallest:.3g}")
+            raise UserError(f"method.sara.threshold={self.theta} chooses nothing: no weight is below {smallest:.3g}")
         self.trainable = sum(int(e.mask().sum()) for e in self.entries)
         self._hook = model.register_forward_pre_hook(lambda *_: self.sync())
         self.sync()
@@ -153,7 +156,16 @@ class SaRA(Method):
         options.setdefault("lr", self.learning_rate(1e-3))
         adamw = torch.optim.AdamW([e.values for e in self.entries], **options)
         adamw.register_step_pre_hook(lambda made, *_: self.before_update(made, self.progressive_iter))
+        adamw.register_step_post_hook(lambda *_: self.after_update())
+        self._follows = True
         return adamw
+
+    def detach(self) -> None:
+        """Put ordinary parameters with the trained values back into the model; this object is done with it."""
+        self._hook.remove()
+        for entry in self.entries:
+            entry.restore()
+        self.entries = []
 
     def learning_rate(self, default: float) -> float:
         """The rate to train with; `default` is used where the official rule does not apply (fraction)."""
@@ -165,10 +177,11 @@ class SaRA(Method):
     def sync(self) -> None:
         """Bring the dense tensors up to date with the trained entries; called before every forward of the model.
 
-        A forward with gradients may be followed by an optimizer step (fused ones leave no trace in the version
-        counter), so the next forward always writes; a stretch of forwards without gradients writes once.
+        Nothing is written where nothing changed. An optimizer that does not say when it steps (fused ones leave no
+        trace in the version counter either) may do so after any forward with gradients: then every such forward, and
+        the one after it, writes.
         """
-        training = torch.is_grad_enabled()
+        training = torch.is_grad_enabled() and not self._follows
         versions = sum(e.values._version for e in self.entries)
         if training or self._stale or versions != self._versions:
             for entry in self.entries:
@@ -192,6 +205,11 @@ class SaRA(Method):
         self.updates += 1
         self._stale = True
 
+    def after_update(self) -> None:
+        """What happens after the update: the dense tensors follow, entries that do not train get their value back."""
+        self._stale = True
+        self.sync()
+
     @torch.no_grad()
     def reselect(self, optimizer: Any) -> bool:
         """Freeze the entries that have left the band |p| < threshold; True when this step's update is to be skipped."""
@@ -199,6 +217,7 @@ class SaRA(Method):
         for entry in self.entries:
             entry.sync()
             entry.freeze(select_below(entry.values.flatten(), self.theta) & entry.mask().take(entry.index))
+            entry.sync()  # the value they keep is the one before the update
         reset = self.memory == "scatter" if self.reset_moments is None else self.reset_moments
         if reset:
             for entry in self.entries:
@@ -222,6 +241,7 @@ class SaRA(Method):
     def edit_model(self, run: Run) -> None:
         run.claim(self, run.weights.values())
         self.attach(run.model)
+        self._follows = True
 
     def param_groups(self, run: Run) -> list[dict[str, Any]]:
         rate = self.learning_rate(run.trainer.lr)
@@ -233,25 +253,25 @@ class SaRA(Method):
             after = round(after * sum(p.steps for p in run.phases))
         self.before_update(getattr(run.optimizer, "optimizer", run.optimizer), after, run.seed)
 
+    def after_step(self, run: Run) -> None:
+        self.after_update()
+
     def finish(self, run: Run) -> None:
-        self._hook.remove()
-        for entry in self.entries:
-            entry.restore()
-        self.entries = []
+        self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        frozen = {e.name: {"active": e.active, "kept": e.kept} for e in self.entries if e.active is not None}
-        return {"updates": self.updates, "switched": self.switched, "theta": self.theta, "frozen": frozen}
+        active = {e.name: e.active for e in self.entries} if self.switched else {}
+        counts = {"updates": self.updates, "switched": self.switched, "theta": self.theta, "quirk": self._quirk}
+        return {**counts, "active": active}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["theta"] != self.theta:
             raise UserError(f"method.sara: saved with threshold {state['theta']}, but this base gives {self.theta}")
         self.updates, self.switched = state["updates"], state["switched"]
-        self._quirk = self.official_sign_quirk and not self.updates
+        self._quirk, self._stale = state["quirk"], True
         for entry in self.entries:
-            if entry.name in state["frozen"]:
-                saved = state["frozen"][entry.name]
-                entry.active, entry.kept = (saved[key].to(entry.values.device) for key in ("active", "kept"))
+            if entry.name in state["active"]:
+                entry.freeze(state["active"][entry.name])
 
     def report(self, run: Run) -> dict[str, float | int | str]:
         active = sum(int(e.mask().sum()) for e in self.entries)

@@ -1,0 +1,92 @@
+"""Python entry points: compose a configuration, run it, get the record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filtrun.catalogue import conf_dir
+from filtrun.errors import UserError
+
+if TYPE_CHECKING:
+    from filtrun.record import Record
+
+
+def cell_name(overrides: str) -> str:
+    """The folder of a sweep's cell: a digest of its overrides, so that the same command finds it again."""
+    from filtrun.stages import digest
+
+    return digest(sorted(overrides.split(",")))
+
+
+def register_resolvers() -> None:
+    """Make the names the configuration uses in ``${...}`` known to OmegaConf."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("filtrun_cell", cell_name, replace=True)
+
+
+def with_default_model(overrides: Sequence[str]) -> list[str]:
+    """Add the usual model of a task that is named without one: ``task=classify`` alone means ``model=resnet20``."""
+    chosen = {name for name, sign, _ in (o.partition("=") for o in overrides) if sign}
+    tasks = [o.partition("=")[2] for o in overrides if o.startswith("task=")]
+    if tasks and "model" not in chosen and not any(o.startswith("method=") for o in overrides):
+        from filtrun.catalogue import entries
+
+        fits = {e.name: e.tasks for e in entries("models")}
+        for default in ("unet", "resnet20", *fits):
+            if tasks[-1] in fits.get(default, ()):
+                return [*overrides, f"model={default}"]
+    return list(overrides)
+
+
+def plain(config: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """A composed Hydra configuration as (plain dictionary without ``hydra``, option chosen for each group)."""
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices = {k: v for k, v in dict(config.hydra.runtime.choices).items() if v and not k.startswith("hydra/")}
+    copy = config.copy()
+    with open_dict(copy):
+        del copy["hydra"]
+    try:
+        values = OmegaConf.to_container(copy, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    return values, choices  # type: ignore[return-value]
+
+
+def compose(*overrides: str, config_dir: str | Path | None = None) -> tuple[dict[str, Any], dict[str, str], Path]:
+    """Compose a configuration as the command line does.
+
+    Returns (configuration, option of each group, run folder). Raises UserError for a key or option that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from filtrun.hydra_errors import translated
+
+    register_resolvers()
+    expanded = with_default_model(overrides)
+    if config_dir is not None:
+        expanded.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
+    GlobalHydra.instance().clear()
+    with translated(expanded), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = hydra_compose("config", expanded, return_hydra_config=True)
+    folder = Path(str(composed.hydra.run.dir))
+    return *plain(composed), folder
+
+
+def run(*overrides: str, config_dir: str | Path | None = None, quiet: bool = True) -> Record:
+    """Do one run and return its record; what ``filtrun OVERRIDES`` does, without its printing.
+
+    Raises:
+        UserError: a mistake in the overrides or the data.
+        RunFailure: the run could not finish; the record in its folder says why.
+    """
+    from filtrun.launch import execute
+
+    config, choices, folder = compose(*overrides, config_dir=config_dir)
+    return execute(config, choices, folder, list(overrides), quiet=quiet)

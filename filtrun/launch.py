@@ -1,0 +1,213 @@
+"""Carry out a composed configuration in its folder: lock, record, device, processes, and what to say when it fails."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import logging
+import os
+import signal
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from filtrun.errors import RunFailure, UserError
+from filtrun.record import FILE, Record
+
+log = logging.getLogger("filtrun")
+
+
+def execute(
+    config: dict[str, Any], choices: dict[str, str], folder: Path, overrides: list[str], *, quiet: bool = False
+) -> Record:
+    """Do the run, or find it done, in `folder`; returns its record.
+
+    A folder that holds this run finished is not run again (``force=true`` does, keeping the old files aside); one
+    that holds it unfinished is resumed; one that holds another run is refused.
+
+    Raises:
+        UserError, RunFailure: after the reason was written into the record, where the folder is this run's.
+    """
+    folder = folder.absolute()
+    lock = own(folder)
+    record = Record(folder=folder, overrides=overrides, config=config, seed=config["seed"], data=choices.get("data", ""))
+    owned = False
+    handler = logging.FileHandler(folder / "filtrun.log", encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        record.task, record.model = choices.get("task", ""), choices.get("model", "")
+        record.methods = list(config.get("method") or {})
+        previous = _previous(folder)
+        owned = previous is None or not previous.key
+        plan, record.key, record.name = prepare(config, choices)
+        if previous is not None and previous.key:
+            if previous.key == record.key and not config["force"]:
+                if previous.status == "finished":
+                    return previous
+            elif config["force"]:
+                _set_aside(folder)
+            else:
+                raise UserError(
+                    f"{folder} holds another run ({previous.name}, {previous.status}): its configuration, data or code "
+                    "differs\nchoose another hydra.run.dir, or force=true to keep its files aside and run here"
+                )
+        owned = True
+        _write_config(folder, config, overrides)
+        record.write()
+        return _on_devices(plan, config, choices, folder, record, quiet)
+    except BaseException as error:
+        failure = explain(error, folder)
+        log.error("%s\n%s", failure, traceback.format_exc())
+        if owned:
+            record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            record.error = str(failure)
+            try:
+                record.write()
+            except (RunFailure, ValueError):
+                log.error("the record could not be written")
+        if failure is error:
+            raise
+        raise failure from error
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        lock.release()
+
+
+def prepare(config: dict[str, Any], choices: dict[str, str]) -> tuple[Any, str, str]:
+    """Check the configuration and read the data: (plan, key, name)."""
+    from filtrun.plan import make_plan
+
+    plan = make_plan(config, choices)
+    plan.data.setup(config["split_seed"])
+    return plan, plan.key(), plan.name
+
+
+def own(folder: Path) -> Any:
+    """Make the folder and lock it for this process. Raises UserError when it is not writable or taken."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process is running in {folder}; wait for it or choose another hydra.run.dir") from error
+    except OSError as error:
+        raise UserError(f"hydra.run.dir={folder} cannot be written: {error.strerror or error}") from error
+    return lock
+
+
+def make_fabric(plan: Any, device: str, devices: int) -> Any:
+    """Lightning Fabric for a plan. Raises UserError when the device is not there."""
+    import torch
+    from lightning_fabric import Fabric
+
+    kind, _, number = str(device).partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise UserError(f"device={device} is not allowed; choose auto, cpu, cuda or cuda:N")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) + (1 if number else devices) > max(there, 0 if number else there):
+        if not there:
+            raise UserError(f"device={device}: this machine has no CUDA device, or torch is a CPU build; use device=cpu")
+        raise UserError(f"device={device} with trainer.devices={devices}: this machine has {there} CUDA device(s)")
+    if kind == "auto":
+        kind = "cuda" if there else "cpu"
+    if kind == "cpu" and plan.trainer.precision == "16":
+        raise UserError("trainer.precision=16 needs a CUDA device; use bf16 or 32 on a CPU")
+    precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[plan.trainer.precision]
+    elastic = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun or SLURM started the processes
+    strategy = "ddp" if elastic or plan.trainer.nodes > 1 else ("ddp_spawn" if devices > 1 else "auto")
+    chosen: Any = [int(number)] if number else devices
+    return Fabric(accelerator=kind, devices=chosen, num_nodes=plan.trainer.nodes, strategy=strategy, precision=precision)
+
+
+def _on_devices(
+    plan: Any, config: dict[str, Any], choices: dict[str, str], folder: Path, record: Record, quiet: bool
+) -> Record:
+    warnings.filterwarnings("ignore", module="lightning_fabric")
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    for name in ("lightning.fabric", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    fabric = make_fabric(plan, config["device"], plan.trainer.devices)
+    if plan.trainer.devices > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return fabric.launch(_in_process, config, choices, folder, record, quiet)
+    with _interruptible():
+        fabric.launch()
+        return _work(fabric, plan, folder, record, quiet)
+
+
+def _in_process(
+    fabric: Any, config: dict[str, Any], choices: dict[str, str], folder: Path, record: Record, quiet: bool
+) -> Record:
+    """One process of several on this machine: it composes nothing, but builds its own plan."""
+    plan, _, _ = prepare(config, choices)
+    return _work(fabric, plan, folder, record, quiet)
+
+
+def _work(fabric: Any, plan: Any, folder: Path, record: Record, quiet: bool) -> Record:
+    from filtrun.console import progress
+    from filtrun.experiment import experiment
+
+    with progress(quiet or fabric.global_rank > 0) as (bar, say):
+        return experiment(plan, fabric, folder, record, bar, say)
+
+
+class _interruptible:
+    """Treat SIGTERM as Ctrl-C, so that a run stopped by a scheduler leaves a record that says so."""
+
+    def __enter__(self) -> None:
+        try:
+            self.old = signal.signal(signal.SIGTERM, self._stop)
+        except ValueError:  # not the main thread
+            self.old = None
+
+    @staticmethod
+    def _stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_: Any) -> None:
+        if self.old is not None:
+            signal.signal(signal.SIGTERM, self.old)
+
+
+def explain(error: BaseException, folder: Path) -> BaseException:
+    """The UserError or RunFailure to show for `error`, itself if it is one."""
+    if isinstance(error, (UserError, RunFailure)):
+        return error
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return RunFailure(f"interrupted; go on with: filtrun resume={folder}")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
+        return RunFailure("out of memory; lower trainer.batch_size or task.sample_batch, or raise trainer.accumulate")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in text:
+        return RunFailure(f"no disk space left while writing below {folder}; free some and go on: filtrun resume={folder}")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UserError(f"{error.filename or folder} cannot be written: {error.strerror}")
+    line = text.strip().splitlines()[0] if text.strip() else "no message"
+    return RunFailure(f"{type(error).__name__}: {line}\nthe full traceback is in {folder / 'filtrun.log'}")
+
+
+def _previous(folder: Path) -> Record | None:
+    return Record.read(folder) if (folder / FILE).exists() else None
+
+
+def _set_aside(folder: Path) -> None:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    aside = folder / f"before-{stamp}"
+    aside.mkdir()
+    for path in folder.iterdir():
+        if path.name not in (".lock", "filtrun.log") and not path.name.startswith("before-"):
+            os.replace(path, aside / path.name)
+
+
+def _write_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
+    import yaml
+
+    hydra = folder / ".hydra"
+    hydra.mkdir(exist_ok=True)
+    (hydra / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (hydra / "overrides.yaml").write_text(yaml.safe_dump(overrides))
