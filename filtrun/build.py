@@ -94,13 +94,29 @@ def typed(options: type, node: Mapping[str, Any], where: str) -> dict[str, Any]:
         try:
             OmegaConf.update(config, key, value, merge=False)
         except (OmegaConfBaseException, ValueError) as error:
-            wanted = getattr(hints[key], "__name__", None) if inspect.isclass(hints[key]) else None
-            raise UserError(f"{where}.{key}={value!r} must be of type {wanted or hints[key]}") from error
+            raise UserError(f"{where}.{key}={value!r} must be {kind_of_value(hints[key])}") from error
     values = typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=False))
     missing = [name for name in names if values.get(name) == "???"]
     if missing:
         raise UserError(f"{where}.{missing[0]} has no default and must be set")
     return {name: values[name] for name in names}
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def kind_of_value(hint: Any) -> str:
+    """A type annotation in words: ``int | None`` is "a whole number or null"."""
+    if hint in _KINDS:
+        return _KINDS[hint]
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return f"a list, each item {kind_of_value(inner[0])}" if inner else "a list"
+    if origin is dict:
+        return "a mapping"
+    if inner:
+        return " or ".join(kind_of_value(part) for part in inner)
+    return getattr(hint, "__name__", str(hint))
 
 
 def build(node: Mapping[str, Any], kind: type, where: str, *, trust: Sequence[str] = (), **given: Any) -> Any:

@@ -41,11 +41,9 @@ class Log(Method):
         assert run.total_loss is not None and task_loss is not None
         losses = torch.stack([run.total_loss.detach(), task_loss.detach()])
         self.sums = losses if self.sums is None else self.sums + losses
-        if run.step - self.last >= self.every or self._checkpoint_due(run):
+        due = run.step - self.last >= self.every or run.step == sum(p.steps for p in run.phases)
+        if due or self._checkpoint_due(run):
             self.flush(run)
-
-    def after_epoch(self, run: Run) -> None:
-        self.flush(run)
 
     def _checkpoint_due(self, run: Run) -> bool:
         every = run.trainer.checkpoint_every  # a checkpoint must never hold weights that a NaN has reached

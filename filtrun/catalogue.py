@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from filtrun.citation import Paper, cited, parse_paper
+from filtrun.config_file import comments, parse_yaml, read_text
 from filtrun.errors import UserError, unknown
 from filtrun.source import Source, describe, quick_fact
 
@@ -29,40 +29,6 @@ GROUPS = {
 """Kind of entry -> folder of ``conf``."""
 
 TRAINER = "filtrun.trainer.Trainer"
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Loader(_Base):
-    """YAML as Hydra reads it: ``1e-3`` is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.inf|\.nan)$", re.I),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: Path) -> Any:
-    """The contents of a YAML file. Raises UserError naming the file and the line when it cannot be read."""
-    return parse_yaml(_text(path), path)
-
-
-def parse_yaml(text: str, path: Path) -> Any:
-    """Like `read_yaml`, for text that has been read from `path`."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def conf_dir() -> Path:
@@ -74,20 +40,13 @@ def conf_dir() -> Path:
     raise UserError(f"filtrun's configs are missing: there is no conf folder in {package} or beside it")
 
 
-class Paper(NamedTuple):
-    """A publication; `link` is empty and `year` None where the source does not say."""
-
-    title: str
-    link: str = ""
-    year: int | None = None
-
-
 @dataclass
 class Entry:
     """One config: `method=sara`, `data=digits`, a paper's card.
 
     `nodes` are its options by their place in the configuration (``method.sara``, ``data``), `picks` the choices it
-    makes for other groups, `sets` the options it sets outside its own, `notes` the comments at the end of option lines, `header` the comment at the top.
+    makes for other groups, `sets` the options it sets outside its own, `notes` the comments at
+    the end of option lines, `header` the comment at the top.
     """
 
     kind: str
@@ -175,7 +134,7 @@ class Entry:
         parts = self.target.split(".")
         if parts[0] != "filtrun":
             return parts[0]
-        return parts[2] if len(parts) > 3 else ""
+        return parts[2].removesuffix("_models") if len(parts) > 3 else ""
 
 
 def entries(kind: str, config_dirs: Sequence[str | Path] = ()) -> list[Entry]:
@@ -231,8 +190,8 @@ def read_entry(kind: str, name: str, path: Path) -> Entry:
     """Read one config file; what is wrong with it becomes the entry's `problem`."""
     entry = Entry(kind, name, path)
     try:
-        text = _text(path)
-        entry.header, entry.notes = _comments(text)
+        text = read_text(path)
+        entry.header, entry.notes = comments(text)
         entry.content = parse_yaml(text, path)
         if entry.content is not None and not isinstance(entry.content, dict):
             raise UserError(f"{path} is no mapping of keys")
@@ -271,49 +230,3 @@ def _fill(entry: Entry, content: dict[str, Any], whole: bool) -> None:
         if not isinstance(node, dict):
             raise UserError(f"{entry.path}: {place} must hold the options of one {entry.group}, not {node!r}")
         entry.nodes[place] = entry.nodes.get(place, {}) | node
-
-
-def _comments(text: str) -> tuple[str, dict[str, str]]:
-    """The comment at the top, without the line for Hydra, and the comments at the end of option lines."""
-    header = []
-    for line in text.splitlines():
-        if line.startswith("#"):
-            if not re.match(r"# *@package", line):
-                header.append(line.lstrip("#").strip())
-        elif line.strip() and header:
-            break
-        elif line.strip():
-            break
-    notes = re.findall(r"^[ \t]*([\w.]+):[^#\n]*[ \t]#[ \t]*(.+)$", text, re.M)
-    return "\n".join(header).strip(), dict(notes)
-
-
-_ID = re.compile(r"arXiv[:\s]*(\d{4}\.\d{4,5})|(https?://[^\s,)]+)|doi[:\s]+(10\.\S+?)(?=[),.]*(?:\s|$))", re.I)
-
-
-def parse_paper(text: str) -> Paper:
-    """Title, link and year from a line such as ``SaRA, arXiv 2409.06633 (ICLR 2025)``."""
-    found = _ID.search(text)
-    title = (text[: found.start()] if found else text).strip(" ,;(")
-    if not found:
-        title = re.sub(r",? *\(?\b(?:19|20)\d\d\)?$", "", title)
-    title += ")" * (title.count("(") - title.count(")"))
-    years = re.findall(r"(?<![\d.:/])((?:19|20)\d\d)(?![\d.]*\d)", text)
-    link, year = "", int(years[-1]) if years else None
-    if found:
-        arxiv, address, doi = found.groups()
-        link = f"https://arxiv.org/abs/{arxiv}" if arxiv else address or f"https://doi.org/{doi}"
-        if year is None and arxiv:
-            year = 2000 + int(arxiv[:2])
-    return Paper(title, link, year)
-
-
-def cited(header: str) -> Paper | None:
-    """The first publication with an arXiv number or doi named in a comment, licence lines aside."""
-    text = " ".join(line for line in header.splitlines() if not line.startswith("Licence"))
-    found = _ID.search(text)
-    if not found:
-        return None
-    start = max((m.end() for m in re.finditer(r"(?<!al)\. |; |: ", text[: found.start()])), default=0)
-    end = re.compile(r"[;]|\.(?:\s|$)").search(text, found.end())
-    return parse_paper(text[start : end.start() if end else len(text)])

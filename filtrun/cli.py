@@ -95,7 +95,7 @@ class _folder_errors:
         pass
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
             raise UserError(f"{error.filename or 'the output folder'} cannot be written: {error.strerror}") from error
 
 

@@ -153,7 +153,14 @@ def _work(fabric: Any, plan: Any, folder: Path, record: Record, quiet: bool) -> 
     from filtrun.experiment import experiment
 
     with progress(quiet or fabric.global_rank > 0) as (bar, say):
-        return experiment(plan, fabric, folder, record, bar, say)
+        def tell(line: str) -> None:
+            log.info(line)
+            say(line)
+
+        log.info("%s in %s on %s", plan.name, folder, fabric.device)
+        done = experiment(plan, fabric, folder, record, bar, tell)
+        log.info("finished: %s", done.metrics)
+        return done
 
 
 class _interruptible:

@@ -63,10 +63,17 @@ def save_tree(path: Path, tree: Any, **metadata: str) -> None:
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(unshared, str(work), metadata={"tree": skeleton, **metadata})
+        os.chmod(work, 0o666 & ~_umask())  # the library makes files that nobody else can read
         os.replace(work, path)
     except Exception as error:
         work.unlink(missing_ok=True)
         raise RunFailure(f"{path} could not be written: {error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def load_tree(path: Path) -> tuple[Any, dict[str, str]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from filtrun.build import build, typed
+from filtrun.build import build, resolve, typed
 from filtrun.errors import UserError, unknown
 from filtrun.loggers import Logger
 from filtrun.method import Method
@@ -62,13 +63,18 @@ class Plan:
             "num_classes": self.data.num_classes, "in_channels": self.data.channels, "image_size": self.data.image_size,
         }  # fmt: skip
         if pretrained:
+            target = resolve(self.config["model"]["_target_"], self.trust)
+            if "pretrained" not in inspect.signature(target).parameters:
+                raise UserError(
+                    f"model={self.choices.get('model')} has no weights on a hub; use model.base=checkpoint with "
+                    "model.checkpoint=FILE, or model=timm or model=diffusers"
+                )
             sizes["pretrained"] = True
         return build(self.config["model"], nn.Module, "model", trust=self.trust, **sizes)
 
     def key(self) -> str:
         """16 hex digits: configuration without machine keys, data content and code version."""
         from filtrun import runner
-        from filtrun.build import resolve
         from filtrun.code_version import code_version, module_version
         from filtrun.stages import digest
         from filtrun.train_stage import MACHINE_OPTIONS

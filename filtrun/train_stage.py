@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from filtrun import runner
-from filtrun.callbacks import Log
+from filtrun.callbacks import Ema, Log
 from filtrun.code_version import code_version, module_version
 from filtrun.loggers import Loggers
 from filtrun.methods.baseline.full import Full
@@ -66,15 +66,18 @@ def train_stage(
     }
 
     def build(folder: Path) -> None:
-        log = Log(trainer.log_every, Loggers(), run.bar)
+        log, ema = Log(trainer.log_every, Loggers(), run.bar), Ema(trainer.ema) if trainer.ema else None
         inner = Run(
             fabric=run.fabric, task=task, data=run.data, model=model, methods=[Full()], trainer=trainer,
             stages=run.stages, seed=seed, train_split=run.data.split("train", which), normalize=normalize,
-            callbacks=[log], label=name, which=which, bar=run.bar,
+            callbacks=[log, *([ema] if ema else [])], label=name, which=which, bar=run.bar,
         )  # fmt: skip
         runner.edit(inner)
         runner.setup(inner)
+        if ema:
+            ema.start(inner)
         runner.fit(inner)
+        inner.each_reversed("finish")
         if run.fabric.global_rank == 0:
             save_tree(folder / "model.safetensors", inner.model.state_dict())
 

@@ -242,11 +242,12 @@ def _claim(node: _Node, tables: Mapping[str, Table]) -> Claim:
     for row in (found["better"], found["than"]):
         if row not in tables[name].rows:
             raise node.error("claim", f"names no row {row!r} of the table{closest(row, tables[name].rows)}")
-    if found["metric"] not in tables[name].metrics:
-        raise node.error("claim", f"names no metric {found['metric']!r}{closest(found['metric'], tables[name].metrics)}")
+    metric = found["metric"]
+    if metric not in tables[name].metrics:
+        raise node.error("claim", f"names no metric {metric!r} of the table{closest(metric, tables[name].metrics)}")
     margin = float(found["margin"]) / (100 if found["percent"] else 1)
     made = Claim(
-        text, found["metric"], found["better"], found["than"], margin, bool(found["percent"]), name,
+        text, metric, found["better"], found["than"], margin, bool(found["percent"]), name,
         node.text("says"), node.text("source"),
     )  # fmt: skip
     node.done()
@@ -255,6 +256,6 @@ def _claim(node: _Node, tables: Mapping[str, Table]) -> Claim:
 
 def read_card(path: Path) -> Card:
     """The card in a YAML file. Raises UserError when it cannot be read or is not as it should be."""
-    from filtrun.catalogue import read_yaml
+    from filtrun.config_file import read_yaml
 
     return make_card(path.stem, read_yaml(path))

@@ -20,7 +20,10 @@ SCALE_NOTES = {
     "paper": "paper scale",
 }
 _NOTE_NAMES = {"feature_net": "feature net", "samples": "samples per set of classes"}
-_NARROW = 72
+_WIDTH = 76
+"""Columns from which on the table has room for what each row means; below, the meanings come after it."""
+_FINISH = 16
+"""What the column after finish takes."""
 
 
 class MetricLike(Protocol):
@@ -69,8 +72,12 @@ class _Result:
         self.values = dict(record.get("metrics") or {})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wide, ascii_only = options.max_width >= _NARROW, options.ascii_only
-        yield Group(Text(self.title(), style="bold"), self.table(wide, ascii_only), *self.captions(ascii_only))
+        ascii_only = options.ascii_only
+        wide = options.max_width >= _WIDTH + (_FINISH if self.finish_differs else 0)
+        parts: list[RenderableType] = [self.table(wide, ascii_only), Text(), *self.captions(ascii_only)]
+        if not wide:
+            parts += self.meanings()
+        yield Group(Text(self.title(), style="bold"), *parts)
 
     # -- rows ------------------------------------------------------------------------------------------------------
     def names(self) -> list[str]:
@@ -93,17 +100,13 @@ class _Result:
         return any(self.at("tuned", n) != self.at("test", n) for n in both)
 
     def table(self, wide: bool, ascii_only: bool) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        table.add_column("measured", no_wrap=not wide, overflow="fold")
-        if self.has_base:
-            table.add_column("base", justify="right", no_wrap=True)
-        table.add_column(self.tuned_title(), justify="right", no_wrap=True)
-        if self.finish_differs:
-            table.add_column("after finish", justify="right", no_wrap=not wide)
-        if self.has_base:
-            table.add_column("change", justify="right", no_wrap=not wide)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        table.add_column("measured", overflow="fold")
+        numbers = ["base"] * self.has_base + [self.tuned_title()] + ["after finish"] * self.finish_differs
+        for title in numbers + ["change"] * self.has_base:
+            table.add_column(title, justify="right", no_wrap=wide, overflow="fold")
         if wide:
-            table.add_column("what it means", style="dim", overflow="fold")
+            table.add_column("what it means", style="dim", overflow="fold", ratio=1)
         for name in self.names():
             table.add_row(*self.metric_row(name, wide, ascii_only))
         if self.names():
@@ -167,6 +170,11 @@ class _Result:
     def steps(self, cost: Mapping[str, Any]) -> str:
         steps = cost.get("steps")
         return f"{steps:,} optimizer steps" if steps is not None else "without evaluation"
+
+    def meanings(self) -> list[Text]:
+        """The metrics' meanings as lines, where the table has no column for them."""
+        known = [self.metrics[name] for name in self.names() if name in self.metrics]
+        return [Text(f"{plain(m.title)}: {plain(m.meaning)}", style="dim", overflow="fold") for m in known if m.meaning]
 
     # -- around the table ------------------------------------------------------------------------------------------
     def title(self) -> str:

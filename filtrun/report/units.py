@@ -63,11 +63,11 @@ def metric(value: float | None, form: str = ".3f") -> str:
 
 
 def change(value: float | None, form: str = ".3f") -> str:
-    """A difference with its sign; of percentages in percentage points (``+2.1 points``)."""
+    """A difference with its sign; of percentages in percentage points (``+2.1 pts``)."""
     if value is None:
         return "-"
     if form.endswith("%"):
-        return f"{metric(value * 100, '+' + form[:-1] + 'f')} points"
+        return f"{metric(value * 100, '+' + form[:-1] + 'f')} pts"
     return metric(value, form if form.startswith("+") else f"+{form}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from filtrun.data.augment import Augment
 from filtrun.diffusion.denoiser import Denoise, Denoiser
 from filtrun.diffusion.guidance import cfg
 from filtrun.diffusion.noise import noise_levels
@@ -20,7 +21,7 @@ from filtrun.options import opt
 from filtrun.task import Metric, Task
 
 if TYPE_CHECKING:
-    from filtrun.data.base import Batch
+    from filtrun.data.base import Batch, Data
     from filtrun.run import Run
 
 
@@ -63,6 +64,10 @@ class Diffuse(Task):
     def prepare(self, run: Run) -> None:
         run.shared["judge"] = judge_network(run, steps=self.judge_steps)
         run.shared["features"] = feature_network(run, self.features, steps=self.judge_steps)
+
+    def augment(self, data: Data) -> Augment | None:
+        """Flips only: a generator would learn the borders that crops and cut-outs leave in the images."""
+        return Augment(flip=True) if data.flip else None
 
     def denoiser(self, run: Run) -> Denoiser:
         """The run's network as a denoiser in variables x = x0 + sigma * eps."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from filtrun.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def add_config_dir(self) -> None:
         """Add ``--config-dir``, which may be given several times."""
         self.add_argument(
-            "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own configs to look in too"
+            "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own configs"
         )
 
 
@@ -43,3 +48,13 @@ def print_json(value: Any) -> None:
     """Print a value as JSON on stdout; what JSON has no form for is printed as text."""
     json.dump(value, sys.stdout, indent=1, default=str)
     sys.stdout.write("\n")
+
+
+def terminal() -> Console:
+    """The console a verb prints on; a character its encoding lacks becomes ``?``."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(ValueError, OSError):
+            sys.stdout.reconfigure(errors="replace")
+    return Console(highlight=False)

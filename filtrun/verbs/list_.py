@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from filtrun.catalogue import GROUPS, Entry, entries
 from filtrun.errors import unknown
 from filtrun.report.evidence import Claims
-from filtrun.verbs import Parser, print_json
+from filtrun.report.units import plain
+from filtrun.verbs import Parser, print_json, terminal
 
 SHOWN = ("methods", "models", "data", "tasks", "papers")
 _TITLES = {"methods": "Methods", "models": "Models", "data": "Data sets", "tasks": "Tasks", "papers": "Papers"}
@@ -55,27 +57,37 @@ def row(entry: Entry, claims: Claims) -> dict[str, Any]:
 
 def _print(found: dict[str, list[Entry]], claims: Claims) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = terminal()
     for kind, group in found.items():
         rows = [row(entry, claims) for entry in group]
-        title = f"{_TITLES.get(kind, kind.capitalize())} ({len(rows)}), chosen with {GROUPS[kind]}=NAME"
-        if kind == "papers":
-            title = f"Papers ({len(rows)})"
+        title = f"{_TITLES.get(kind, kind.capitalize())} ({len(rows)})"
+        if kind != "papers":
+            title += f": {GROUPS[kind]}=NAME"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        columns = ("name", "paper", "year", "family", "status")
-        if kind not in ("methods", "papers"):
-            columns = ("name", "what it is", "year", "family", "status")
-        elif kind == "methods" and console.width >= 120:
-            columns = ("name", "what it is", "paper", "year", "family", "status")
-        keep = [c for c in columns if c != "year" or any(r["year"] for r in rows)]
-        for column in keep:
+        columns = _columns(kind, rows, console.width)
+        for column in columns:
             table.add_column(column, no_wrap=column in ("name", "year", "status"), overflow="fold")
         for item in rows:
-            cells = {**item, "what it is": item["summary"], "paper": item["paper"] or item["summary"]}
-            table.add_row(*(Text(str(cells[c] or "")) for c in keep))
+            cells = {**item, "what it is": _short(item["summary"]), "paper": item["paper"] or ""}
+            table.add_row(*(Text(plain(cells[c] or "")) for c in columns))
         console.print(table)
-    console.print("`filtrun info NAME` explains one of them", markup=False, highlight=False)
+    console.print("`filtrun info NAME` explains one of them", markup=False)
+
+
+def _columns(kind: str, rows: list[dict[str, Any]], width: int) -> list[str]:
+    """The columns of a kind: what a paper's method is from, what anything else is; those that say nothing left out."""
+    wanted = ["name", "what it is", "paper", "year", "family", "status"]
+    if width < 120 or kind == "papers":
+        wanted.remove("what it is" if kind in ("methods", "papers") else "paper")
+    if kind not in ("methods", "papers") and all(item["status"] == "implemented" for item in rows):
+        wanted.remove("status")
+    return [c for c in wanted if c not in ("paper", "year", "family") or any(item[c] for item in rows)]
+
+
+def _short(text: str, most: int = 90) -> str:
+    """The first sentence, cut between words where it is long."""
+    first = re.split(r"(?<!al)(?<=\.) ", text)[0]
+    return first if len(first) <= most else first[:most].rpartition(" ")[0].rstrip(" ,;:(") + " ..."
