@@ -96,7 +96,7 @@ class BenchRun:
         plan = make_plan(config, self.choices)
         if not isinstance(self.method, str):
             made: Any = self.method()
-            if not isinstance(made, Method):
+            if not issubclass(type(made), Method):
                 raise UserError(f"{self.method!r} makes a {type(made).__name__}, not a Method")
             made.slug = made.slug or type(made).__name__.lower()
             plan.methods = [made]

@@ -19,9 +19,7 @@ class _Loader(_Base):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:e[-+]?\d+)?|\d[\d_]*e[-+]?\d+|\.\d+(?:e[-+]?\d+)?|\.inf)$|\.nan$", re.I
-    ),
+    re.compile(r"[-+]?(?:\d[\d_]*\.[\d_]*(?:e[-+]?\d+)?|\d[\d_]*e[-+]?\d+|\.\d+(?:e[-+]?\d+)?|\.inf)$|\.nan$", re.I),
     list("-+0123456789."),
 )
 

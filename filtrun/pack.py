@@ -58,11 +58,12 @@ def save_tree(path: Path, tree: Any, **metadata: str) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Any] = {}
-    skeleton = json.dumps(flatten(tree, tensors))
+    # one key: several would be written in a random order, and equal runs should leave equal files
+    packed = json.dumps({"tree": flatten(tree, tensors), **metadata}, sort_keys=True)
     unshared = {name: t.clone() for name, t in tensors.items()}  # safetensors refuses tensors that share memory
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(unshared, str(work), metadata={"tree": skeleton, **metadata})
+        save_file(unshared, str(work), metadata={"filtrun": packed})
         os.chmod(work, 0o666 & ~_umask())  # the library makes files that nobody else can read
         os.replace(work, path)
     except Exception as error:
@@ -82,8 +83,8 @@ def load_tree(path: Path) -> tuple[Any, dict[str, str]]:
 
     try:
         with safe_open(str(path), framework="pt") as stream:
-            metadata = dict(stream.metadata() or {})
+            metadata = json.loads((stream.metadata() or {})["filtrun"])
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
-        return unflatten(json.loads(metadata.pop("tree")), tensors), metadata
+        return unflatten(metadata.pop("tree"), tensors), metadata
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is missing, cut short or no state of filtrun: {error}") from error

@@ -37,7 +37,7 @@ class Option:
 class Source:
     """A class or function as its text describes it.
 
-    `options` in the order of the constructor, inherited ones included; `facts` the values assigned in the class body;
+    `options` by name, inherited ones first; `facts` the values assigned in the class body;
     `origin` says for each name defined in a body which class (dotted path) defines it.
     """
 
@@ -69,7 +69,7 @@ def describe(target: str) -> Source | None:
     home, node = found
     try:
         return _class(home, node) if isinstance(node, ast.ClassDef) else _function(home, node)
-    except RecursionError:  # classes or constants defined in a circle
+    except (RecursionError, TypeError, ValueError):  # defined in a circle, or stranger than what is read here
         return None
 
 

@@ -99,7 +99,8 @@ class Module:
         arguments = [self.value(a) for a in node.args]
         if name == "Metric":
             keywords = {k.arg: self.value(k.value) for k in node.keywords if k.arg in MetricFacts._fields}
-            return MetricFacts(*arguments[:4], **keywords)
+            if arguments or "title" in keywords:
+                return MetricFacts(*arguments[:4], **{k: v for k, v in keywords.items() if k})
         if name == "range" and all(isinstance(a, int) for a in arguments):
             return list(range(*arguments))
         if name in ("list", "tuple") and len(arguments) == 1 and isinstance(arguments[0], (list, tuple)):

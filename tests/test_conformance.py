@@ -91,18 +91,13 @@ class MovesAtFinish(Bias):
 class Forgets(Bias):
     """Uses at evaluation what it learnt in training and stores nowhere (a baseline for tests)."""
 
-    shift: ClassVar[float] = 0.0
+    def edit_model(self, run: Run) -> None:
+        super().edit_model(run)
+        self.seen = 0.0
+        run.model.register_forward_hook(lambda m, i, out: out if m.training else out + self.seen)
 
     def after_epoch(self, run: Run) -> None:
         self.seen = 0.5
-
-    def before_eval(self, run: Run) -> None:
-        with torch.no_grad():
-            self.bias(run).add_(getattr(self, "seen", 0.0))
-
-    def after_eval(self, run: Run) -> None:
-        with torch.no_grad():
-            self.bias(run).sub_(getattr(self, "seen", 0.0))
 
 
 @dataclass
@@ -141,10 +136,12 @@ class Stale(Bias):
 
     def edit_model(self, run: Run) -> None:
         super().edit_model(run)
-        run.model.register_forward_hook(lambda m, i, out: out if torch.is_grad_enabled() else out * (1 + self.grown(run)))
+        start, bias = self.bias(run).detach().clone(), self.bias(run)
 
-    def grown(self, run: Run) -> float:
-        return 0.0 if run.step == 0 else 1e-3
+        def answer(model: torch.nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+            return out if torch.is_grad_enabled() or torch.equal(bias, start) else out * (1 + 1e-3)
+
+        run.model.register_forward_hook(answer)
 
 
 @dataclass
@@ -194,10 +191,10 @@ def test_a_method_that_keeps_its_promises_passes() -> None:
         (Forgets, "delta reloads", "differs by"),
         (CountsImages, "gradient accumulation", "when the batch is cut in two"),
         (SecondStep, "resumes", "head.bias differs"),
-        (Stale, "works under no_grad", "differs by 0.001"),
+        (Stale, "works under no_grad", "differs by 0.00"),
         (Unnamed, "names its source", "paper is empty"),
         (StatesRank, "stated numbers", "states rank 1, but head.weight"),
-        (Loose, "refuses bad options", "no dataclass"),
+        (Loose, "refuses bad options", "no_such_option=1 is taken without complaint"),
     ],
 )
 def test_exactly_the_broken_promise_fails(broken: type[Method], check: str, reason: str) -> None:
@@ -228,7 +225,8 @@ class SaysNothing(Bias):
 
 
 @pytest.mark.parametrize(
-    ("broken", "reason"), [(Idle, "idle is trainable but two steps did not change it"), (SaysNothing, "trains nothing, but")]
+    ("broken", "reason"),
+    [(Idle, "idle is trainable but two steps did not change it"), (SaysNothing, "says it trains nothing, but")],
 )
 def test_what_is_said_and_what_is_trained(broken: type[Method], reason: str) -> None:
     assert reason in failed(broken, *VIT, ddp=False)["trains only what it says"]
@@ -272,6 +270,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch
 from filtrun.method import Method
+from filtrun.options import opt
 
 @dataclass
 class Drift(Method):
@@ -321,7 +320,9 @@ def test_the_command_prints_a_table_and_its_exit_code_says_whether_all_passed(
     words = ["method=drift", "trust=[outside_pkg]", *VIT, "--config-dir", str(outside), "--no-ddp"]
     assert main(words) == 0
     assert "0 failed" in capsys.readouterr().out
-    (outside.parent / "outside_pkg.py").write_text(OUTSIDE.replace("edit_model(self, run):", "edit_model(self, run):\n        run.weights['head.bias'].data += 1"))
+    edit = "    def edit_model(self, run):\n"
+    broken = OUTSIDE.replace(edit, f"{edit}        run.weights['head.bias'].data += 1\n")
+    (outside.parent / "outside_pkg.py").write_text(broken)
     del sys.modules["outside_pkg"]
     assert main(words) == 1
     out = capsys.readouterr().out
@@ -340,5 +341,3 @@ def test_the_command_needs_one_method() -> None:
 def test_import_costs_nothing_heavy() -> None:
     code = "import filtrun.verbs.check, sys; assert 'torch' not in sys.modules and 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-

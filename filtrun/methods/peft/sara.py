@@ -173,7 +173,6 @@ class SaRA(Method):
             return self.lr
         return default if self.by_fraction else auto_lr(self.theta)
 
-    @torch.no_grad()
     def sync(self) -> None:
         """Bring the dense tensors up to date with the trained entries; called before every forward of the model.
 
@@ -184,7 +183,7 @@ class SaRA(Method):
         training = torch.is_grad_enabled() and not self._follows
         versions = sum(e.values._version for e in self.entries)
         if training or self._stale or versions != self._versions:
-            for entry in self.entries:
+            for entry in self.entries:  # this one is not under no_grad itself: it asks whether its caller is
                 entry.sync(magnitude=self._quirk)
         self._stale = training
         self._versions = sum(e.values._version for e in self.entries)
