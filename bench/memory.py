@@ -62,7 +62,10 @@ def measure(method: str, size: str, image: int, batch: int, device: str) -> dict
         run.step += 1
         run.optimizer.zero_grad()
     total = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    return {"peak": ((peak_memory(fabric.device) or 0) - (0 if device != "cpu" else before)) / 2**20, "trainable": total}
+    return {
+        "peak": ((peak_memory(fabric.device) or 0) - (0 if device != "cpu" else before)) / 2**20,
+        "trainable": total,
+    }
 
 
 def main() -> None:

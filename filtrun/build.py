@@ -6,7 +6,9 @@ filtrun, or of packages the user trusts by name (``trust=[their_pkg]``), and onl
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import typing
@@ -21,7 +23,7 @@ RESERVED = frozenset({"_target_", "needs", "claims", "tasks", "base", "checkpoin
 
 
 def resolve(target: str, trust: Sequence[str] = ()) -> Any:
-    """Import the object at the dotted path `target`; raise UserError when its package is not trusted or it is absent."""
+    """Import the object at the dotted path `target`. Raises UserError when it is absent or its package not trusted."""
     if not isinstance(target, str) or "." not in target:
         raise UserError(f"_target_={target!r} is not a dotted path such as filtrun.methods.peft.sara.SaRA")
     package = target.split(".")[0]
@@ -66,11 +68,13 @@ def schema(target: Callable[..., Any], skip: Sequence[str] = ()) -> type:
         default: Any = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
         if isinstance(default, (list, tuple, dict)):
             values = list(default) if isinstance(default, tuple) else default
-            field = dataclasses.field(default_factory=lambda v=values: type(v)(v))
+            field = dataclasses.field(default_factory=functools.partial(copy.copy, values))
         else:
             field = dataclasses.field(default=default)
         fields.append((name, hints.get(name, Any), field))
-    fields.sort(key=lambda f: f[2].default is not dataclasses.MISSING or f[2].default_factory is not dataclasses.MISSING)
+    fields.sort(
+        key=lambda f: f[2].default is not dataclasses.MISSING or f[2].default_factory is not dataclasses.MISSING
+    )
     return dataclasses.make_dataclass(f"{target.__name__}Options", fields)
 
 

@@ -54,7 +54,7 @@ class Log(Method):
         steps = run.step - self.last
         if not steps or self.sums is None:
             return
-        total, task = (run.fabric.all_reduce(self.sums / steps, reduce_op="mean")).tolist()
+        total, task = run.reduce(self.sums / steps, "mean").tolist()
         now = time.perf_counter()
         seconds = max(now - self.started, 1e-9)
         first, self.last, self.started, self.sums = self.last + 1, run.step, now, None

@@ -112,7 +112,9 @@ def _resumed(arguments: list[str]) -> list[str]:
     allowed = ("device=", "logger=", "workers=", "stages.root=", "data.root=", "-", "trust=")
     for override in rest:
         if not override.startswith(allowed):
-            raise UserError(f"{override} cannot change with resume={folder}; only where it runs can (device, logger, roots)")
+            raise UserError(
+                f"{override} cannot change with resume={folder}; only where it runs can (device, logger, roots)"
+            )
     return [*record.overrides, *rest, f"hydra.run.dir={record.folder}"]
 
 

@@ -15,7 +15,7 @@ from filtrun.checkpoint import Checkpoints, drop_checkpoints, load_checkpoint
 from filtrun.cost import environment, forward_flops, peak_memory, reset_peak_memory
 from filtrun.delta import save_delta
 from filtrun.loggers import JsonLines, Loggers
-from filtrun.method import count
+from filtrun.method import Method, count
 from filtrun.plan import Plan
 from filtrun.record import Record
 from filtrun.run import Run
@@ -89,8 +89,9 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
     reset_peak_memory(run.device)
     runner.fit(run)
     record.report = {m.slug: found for m in run.methods if (found := m.report(run))}
+    own = [r["trainable_params"] for r in record.report.values() if "trainable_params" in r]  # not all it stores trains
     record.cost |= {
-        "trainable_params": int(next((r["trainable_params"] for r in record.report.values() if "trainable_params" in r), trainable)),
+        "trainable_params": int(own[0]) if own else trainable,
         "peak_memory_bytes": peak_memory(run.device) if run.optimizer is not None else None,
         "train_seconds": log.seconds,
         "images_per_second": log.images / log.seconds if log.seconds else None,
@@ -101,7 +102,10 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
 def measure(plan: Plan, run: Run, record: Record, base_sha256: str) -> None:
     """Evaluate, store the delta, finish, evaluate again where finishing changed the output, and show."""
     folder, first = run.dir, run.fabric.global_rank == 0
-    if plan.trainer.evaluate:
+    untouched = run.optimizer is None and not any(_changes_evaluation(m) for m in run.methods)
+    if plan.trainer.evaluate and untouched and _plain(record.metrics, "base"):
+        record.metrics |= _named("tuned", _plain(record.metrics, "base"))
+    elif plan.trainer.evaluate:
         with run.evaluating():
             record.metrics |= _named("tuned", run.task.evaluate(run))
     with run.evaluating():  # averaged weights, where there are any, are the ones to keep
@@ -122,6 +126,12 @@ def measure(plan: Plan, run: Run, record: Record, base_sha256: str) -> None:
     if "nfe" in run.shared:
         record.cost["nfe"] = run.shared["nfe"]
     _show(run, folder / "samples.png", record, "samples")
+
+
+def _changes_evaluation(method: Method) -> bool:
+    """Whether a method that trains nothing may still change what is measured."""
+    hooks = ("edit_model", "before_eval", "guide", "sampler", "prepare")
+    return any(getattr(type(method), hook) is not getattr(Method, hook) for hook in hooks)
 
 
 def _show(run: Run, path: Path, record: Record, kind: str, without_methods: bool = False) -> None:

@@ -31,7 +31,9 @@ def save_grid(images: Tensor, path: Path, *, columns: int, rows: list[str] | Non
     for i in range(n):
         array = pixels[i].permute(1, 2, 0).numpy()
         tile = Image.fromarray(array[..., 0] if channels == 1 else array[..., :3])
-        sheet.paste(tile.convert("RGB"), (margin + gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+        sheet.paste(
+            tile.convert("RGB"), (margin + gap + i % columns * (width + gap), gap + i // columns * (height + gap))
+        )
     draw = ImageDraw.Draw(sheet)
     for line, name in enumerate(rows or []):
         draw.text((4, gap + line * (height + gap) + height // 2), name, fill="black", font=font, anchor="lm")

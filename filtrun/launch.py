@@ -31,7 +31,9 @@ def execute(
     """
     folder = folder.absolute()
     lock = own(folder)
-    record = Record(folder=folder, overrides=overrides, config=config, seed=config["seed"], data=choices.get("data", ""))
+    record = Record(
+        folder=folder, overrides=overrides, config=config, seed=config["seed"], data=choices.get("data", "")
+    )
     owned = False
     handler = logging.FileHandler(folder / "filtrun.log", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -95,7 +97,9 @@ def own(folder: Path) -> Any:
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise UserError(f"another process is running in {folder}; wait for it or choose another hydra.run.dir") from error
+        raise UserError(
+            f"another process is running in {folder}; wait for it or choose another hydra.run.dir"
+        ) from error
     except OSError as error:
         raise UserError(f"hydra.run.dir={folder} cannot be written: {error.strerror or error}") from error
     return lock
@@ -112,17 +116,21 @@ def make_fabric(plan: Any, device: str, devices: int) -> Any:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) + (1 if number else devices) > max(there, 0 if number else there):
         if not there:
-            raise UserError(f"device={device}: this machine has no CUDA device, or torch is a CPU build; use device=cpu")
+            raise UserError(
+                f"device={device}: this machine has no CUDA device, or torch is a CPU build; use device=cpu"
+            )
         raise UserError(f"device={device} with trainer.devices={devices}: this machine has {there} CUDA device(s)")
     if kind == "auto":
         kind = "cuda" if there else "cpu"
     if kind == "cpu" and plan.trainer.precision == "16":
         raise UserError("trainer.precision=16 needs a CUDA device; use bf16 or 32 on a CPU")
-    precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[plan.trainer.precision]
+    precision: Any = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[plan.trainer.precision]
     elastic = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun or SLURM started the processes
     strategy = "ddp" if elastic or plan.trainer.nodes > 1 else ("ddp_spawn" if devices > 1 else "auto")
     chosen: Any = [int(number)] if number else devices
-    return Fabric(accelerator=kind, devices=chosen, num_nodes=plan.trainer.nodes, strategy=strategy, precision=precision)
+    return Fabric(
+        accelerator=kind, devices=chosen, num_nodes=plan.trainer.nodes, strategy=strategy, precision=precision
+    )
 
 
 def _on_devices(
@@ -153,6 +161,7 @@ def _work(fabric: Any, plan: Any, folder: Path, record: Record, quiet: bool) -> 
     from filtrun.experiment import experiment
 
     with progress(quiet or fabric.global_rank > 0) as (bar, say):
+
         def tell(line: str) -> None:
             log.info(line)
             say(line)
@@ -191,7 +200,9 @@ def explain(error: BaseException, folder: Path) -> BaseException:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         return RunFailure("out of memory; lower trainer.batch_size or task.sample_batch, or raise trainer.accumulate")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in text:
-        return RunFailure(f"no disk space left while writing below {folder}; free some and go on: filtrun resume={folder}")
+        return RunFailure(
+            f"no disk space left while writing below {folder}; free some and go on: filtrun resume={folder}"
+        )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"{error.filename or folder} cannot be written: {error.strerror}")
     line = text.strip().splitlines()[0] if text.strip() else "no message"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from filtrun.trainer import Phase
 
 HOOKS = (
-    "prepare", "edit_model", "param_groups", "phases", "start_phase", "own_step", "loss", "after_backward", "after_step", "after_epoch",
-    "before_eval", "after_eval", "guide", "sampler", "finish",
+    "prepare", "edit_model", "param_groups", "phases", "start_phase", "own_step", "loss", "after_backward",
+    "after_step", "after_epoch", "before_eval", "after_eval", "guide", "sampler", "finish",
 )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def train_head(run: Run) -> None:
 
 def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, nn.Module]]:
     """(name, module) of every sub-module of one of the given kinds, in definition order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    found: list[tuple[str, nn.Module]] = list(model.named_modules())
+    return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -158,7 +158,9 @@ def check_fit(plan: Plan) -> None:
         node = plan.config["method"][method.slug]
         fits = (node.get("needs") or {}).get("tasks") or method.tasks
         if fits is not None and kind not in fits:
-            raise UserError(f"method={method.slug} works with task={' or '.join(fits)}, not task={kind}; {_models_for(fits[0])}")
+            raise UserError(
+                f"method={method.slug} works with task={' or '.join(fits)}, not task={kind}; {_models_for(fits[0])}"
+            )
     if plan.base == "checkpoint" and not plan.config["model"].get("checkpoint"):
         raise UserError("model.base=checkpoint needs model.checkpoint=FILE (a .safetensors or .pth file of weights)")
     if plan.base != "checkpoint" and plan.config["model"].get("checkpoint"):

@@ -68,7 +68,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path | str) -> Record:
-        """Read the record in `folder` (or the record file itself). Raises UserError when there is none or it is broken."""
+        """Read the record in `folder` (or the record file itself). Raises UserError when it is missing or broken."""
         path = Path(folder)
         path = path / FILE if path.is_dir() else path
         if not path.exists():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,12 @@ class Run:
         self.fabric.barrier()
         return folder if self.fabric.global_rank == 0 else self.stages.folder(name, parts)
 
+    def reduce(self, value: Tensor, how: str) -> Tensor:
+        """Sum or mean of a tensor over all processes."""
+        return value if self.fabric.world_size == 1 else cast(Tensor, self.fabric.all_reduce(value, reduce_op=how))
+
     def seed_step(self, micro: int = 0) -> None:
-        """Make every random draw of this step a function of (seed, step, process): resuming needs no generator state."""
+        """Make every draw of this step a function of (seed, step, process): resuming needs no generator state."""
         seed_generators(mix_seed(self.seed, self.step, micro, self.fabric.global_rank), self.device)
 
     @property

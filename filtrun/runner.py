@@ -84,16 +84,17 @@ def fit(run: Run) -> None:
         raise UserError("two methods own the training step: " + ", ".join(m.slug for m in owners))
     step_of: Callable[[Run, Any], Tensor] = owners[0].own_step if owners and owners[0].own_step else train_step
     done = 0
-    for run.phase in run.phases:
-        end = done + run.phase.steps
+    for phase in run.phases:
+        run.phase = phase
+        end = done + phase.steps
         if run.step <= done:
             run.each("start_phase")
         while run.step < end:
             run.epoch, position = divmod(run.step, run.steps_per_epoch)
             for batch in run.batches(run.epoch, skip=position):
-                factor = lr_factor(run.trainer, run.step - done, run.phase.steps)
+                factor = lr_factor(run.trainer, run.step - done, phase.steps)
                 for group in run.optimizer.param_groups:
-                    peak = group["base_lr"] if run.phase.lr is None else run.phase.lr
+                    peak = group["base_lr"] if phase.lr is None else phase.lr
                     group["lr"] = peak * factor
                 run.seed_step()
                 run.total_loss = step_of(run, run.augment(batch))

@@ -18,6 +18,8 @@ from typing import Any
 from filtrun.errors import UserError
 
 MANIFEST = "stage.json"
+FORMAT = 2
+"""Raised when the files of a stage are written in another way: older stages are then made anew, not misread."""
 
 
 def digest(parts: Any, length: int = 16) -> str:
@@ -51,7 +53,7 @@ class Stages:
 
     def folder(self, name: str, parts: Mapping[str, Any]) -> Path:
         """Where the stage `name` made from `parts` lies, whether or not it is there yet."""
-        return self.root / f"{name}-{digest(parts)}"
+        return self.root / f"{name}-{digest({'format': FORMAT, 'parts': parts})}"
 
     def cached(self, name: str, parts: Mapping[str, Any]) -> bool:
         """Whether the stage is there; its files are not read."""

@@ -49,7 +49,9 @@ class Trainer:
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"trainer.betas={self.betas} must be two numbers in [0, 1)")
         if self.accumulate and self.batch_size % self.accumulate:
-            raise UserError(f"trainer.batch_size={self.batch_size} is no multiple of trainer.accumulate={self.accumulate}")
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} is no multiple of trainer.accumulate={self.accumulate}"
+            )
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps of the whole training on a split of `images` images (incomplete batches are dropped)."""

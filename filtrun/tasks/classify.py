@@ -28,7 +28,7 @@ class Classify(Task):
     """
 
     label_smoothing: float = opt(0.0, "share of the label spread over all classes in training", low=0, high=1)
-    eval_batch: int = opt(1000, "test images per forward", low=1)
+    eval_batch: int = opt(250, "test images per forward", low=1)
     split: str = opt("test", "split the reported numbers are from", choices=("test", "val"))
 
     kind: ClassVar[str] = "classify"
@@ -54,7 +54,7 @@ class Classify(Task):
         meter = ClassifyMeter(run.data.num_classes, device=run.device)
         for batch in self._shard(run, which):
             meter.update(self.logits(run, batch.x).float(), batch.y)
-        meter.state = run.fabric.all_reduce(meter.state, reduce_op="sum")
+        meter.state = run.reduce(meter.state, "sum")
         return meter.compute()
 
     def _shard(self, run: Run, which: str) -> Iterator[Batch]:

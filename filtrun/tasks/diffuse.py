@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -157,7 +157,9 @@ class Diffuse(Task):
     def show(self, run: Run, path: Path) -> bool:
         from filtrun.images import save_grid
 
-        ids = [*(run.data.source or [])[:4], *run.data.target[:4]] if run.keeps else list(range(run.data.num_classes))[:8]
+        ids = (
+            [*(run.data.source or [])[:4], *run.data.target[:4]] if run.keeps else list(range(run.data.num_classes))[:8]
+        )
         wanted = torch.tensor(ids).repeat_interleave(10)
         images, _ = self.generate(run, wanted, self.sample_seed)
         if run.fabric.global_rank == 0:
@@ -185,7 +187,7 @@ def gather(run: Run, images: Tensor, count: int, batch: int) -> Tensor:
     room = -(-batches // world) * batch  # every process sends the same number of rows
     padded = images.new_zeros((room, *images.shape[1:]))
     padded[: len(images)] = images
-    everyone = run.fabric.all_gather(padded)
+    everyone = cast(Tensor, run.fabric.all_gather(padded))
     order = [everyone[i % world, (i // world) * batch : (i // world + 1) * batch] for i in range(batches)]
     sizes = [min(batch, count - i * batch) for i in range(batches)]
     return torch.cat([part[:size] for part, size in zip(order, sizes, strict=True)])
