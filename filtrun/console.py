@@ -21,18 +21,22 @@ def progress(quiet: bool) -> Iterator[tuple[Any, Callable[[str], None]]]:
         TextColumn("{task.description:>10}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"), TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
-        yield Named(bar), lambda line: console.print(f"[dim]{line}[/dim]")
+    bar = Named(Progress(*columns, console=console))
+    try:
+        yield bar, lambda line: console.print(f"[dim]{line}[/dim]")
+    finally:
+        bar.bar.stop()
 
 
 class Named:
-    """A rich progress bar whose tasks start with empty fields."""
+    """A rich progress bar that appears with its first task; tasks start with empty fields."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
 
     def add_task(self, label: str, total: int) -> Any:
         """A new line of the bar."""
+        self.bar.start()
         return self.bar.add_task(label, total=total, loss="-", rate="-")
 
     def update(self, task: Any, **fields: Any) -> None:

@@ -6,13 +6,14 @@ import datetime
 import errno
 import logging
 import os
+import re
 import signal
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
-from filtrun.errors import RunFailure, UserError
+from filtrun.errors import Interrupted, RunFailure, UserError
 from filtrun.record import FILE, Record
 
 log = logging.getLogger("filtrun")
@@ -35,7 +36,7 @@ def execute(
         folder=folder, overrides=overrides, config=config, seed=config["seed"], data=choices.get("data", "")
     )
     owned = False
-    handler = logging.FileHandler(folder / "filtrun.log", encoding="utf-8", delay=True)
+    handler = _LogFile(folder / "filtrun.log", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -59,7 +60,8 @@ def execute(
         owned = True
         _write_config(folder, config, overrides)
         record.write()
-        return _on_devices(plan, config, choices, folder, record, quiet)
+        with _interruptible():
+            return _on_devices(plan, config, choices, folder, record, quiet)
     except BaseException as error:
         failure = explain(error, folder)
         log.error("%s\n%s", failure, traceback.format_exc())
@@ -79,12 +81,20 @@ def execute(
         lock.release()
 
 
+class _LogFile(logging.FileHandler):
+    """The run's log; a full disk loses a line of it, and is told elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def prepare(config: dict[str, Any], choices: dict[str, str]) -> tuple[Any, str, str]:
     """Check the configuration and read the data: (plan, key, name)."""
     from filtrun.plan import make_plan
 
     plan = make_plan(config, choices)
     plan.data.setup(config["split_seed"])
+    plan.data.split("train", plan.which)  # nothing to train on should be said before a base is trained for it
     return plan, plan.key(), plan.name
 
 
@@ -125,12 +135,14 @@ def make_fabric(plan: Any, device: str, devices: int) -> Any:
     if kind == "cpu" and plan.trainer.precision == "16":
         raise UserError("trainer.precision=16 needs a CUDA device; use bf16 or 32 on a CPU")
     precision: Any = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[plan.trainer.precision]
-    elastic = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun or SLURM started the processes
-    strategy = "ddp" if elastic or plan.trainer.nodes > 1 else ("ddp_spawn" if devices > 1 else "auto")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    nodes = plan.trainer.nodes
+    if world > 1:  # torchrun started the processes and says how many there are
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        nodes = world // devices
+    strategy = "ddp" if world > 1 or nodes > 1 else ("ddp_spawn" if devices > 1 else "auto")
     chosen: Any = [int(number)] if number else devices
-    return Fabric(
-        accelerator=kind, devices=chosen, num_nodes=plan.trainer.nodes, strategy=strategy, precision=precision
-    )
+    return Fabric(accelerator=kind, devices=chosen, num_nodes=nodes, strategy=strategy, precision=precision)
 
 
 def _on_devices(
@@ -143,9 +155,9 @@ def _on_devices(
     fabric = make_fabric(plan, config["device"], plan.trainer.devices)
     if plan.trainer.devices > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return fabric.launch(_in_process, config, choices, folder, record, quiet)
-    with _interruptible():
-        fabric.launch()
-        return _work(fabric, plan, folder, record, quiet)
+    fabric.launch()
+    folder = Path(fabric.broadcast(str(folder)))  # processes that torchrun started have folders of their own
+    return _work(fabric, plan, folder, record, quiet)
 
 
 def _in_process(
@@ -196,7 +208,12 @@ def explain(error: BaseException, folder: Path) -> BaseException:
         return error
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
-        return RunFailure(f"interrupted; go on with: filtrun resume={folder}")
+        return Interrupted(f"interrupted; go on with: filtrun resume={folder}")
+    if type(error).__name__ == "ProcessRaisedException":  # one of several processes, with its whole traceback
+        told = re.findall(r"^filtrun\.errors\.(UserError|RunFailure): (.*)", text, re.MULTILINE | re.DOTALL)
+        if told:
+            return (UserError if told[-1][0] == "UserError" else RunFailure)(told[-1][1].strip())
+        text = text.strip().splitlines()[-1]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         return RunFailure("out of memory; lower trainer.batch_size or task.sample_batch, or raise trainer.accumulate")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in text:

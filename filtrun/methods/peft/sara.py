@@ -145,17 +145,21 @@ class SaRA(Method):
         self.sync()
         return self
 
-    def optimizer(self, model: nn.Module, **options: Any) -> torch.optim.AdamW:
+    def optimizer(self, model: nn.Module, total_steps: int | None = None, **options: Any) -> torch.optim.AdamW:
         """Attach to `model` and return an AdamW that applies the whole method; `options` go to AdamW.
 
         Defaults are the official ones: betas (0.9, 0.999), eps 1e-8, weight decay 1e-2, learning rate by threshold.
+        A `progressive_iter` below 1 is a share of `total_steps`; UserError when that is not given.
         """
-        if self.progressive_iter is not None and 0 < self.progressive_iter < 1:
-            raise UserError(f"progressive_iter={self.progressive_iter} alone must be a number of steps, or None")
+        after = self.progressive_iter
+        if after is not None and 0 < after < 1:
+            if total_steps is None:
+                raise UserError(f"progressive_iter={after} is a share of the run: pass total_steps=N or a whole number")
+            after = round(after * total_steps)
         self.attach(model)
         options.setdefault("lr", self.learning_rate(1e-3))
         adamw = torch.optim.AdamW([e.values for e in self.entries], **options)
-        adamw.register_step_pre_hook(lambda made, *_: self.before_update(made, self.progressive_iter))
+        adamw.register_step_pre_hook(lambda made, *_: self.before_update(made, after))
         adamw.register_step_post_hook(lambda *_: self.after_update())
         self._follows = True
         return adamw
