@@ -19,12 +19,12 @@ from lightning_fabric import Fabric
 from filtrun import runner
 from filtrun.callbacks import Log
 from filtrun.checkpoint import Checkpoints
+from filtrun.context import Run
 from filtrun.data.digits import Digits
 from filtrun.data.loader import epoch_order
 from filtrun.loggers import JsonLines, Loggers
 from filtrun.methods.baseline.full import Full
 from filtrun.models.unet import UNet
-from filtrun.run import Run
 from filtrun.stages import Stages
 from filtrun.tasks.diffuse import Diffuse
 from filtrun.trainer import Trainer, lr_factor

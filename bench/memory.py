@@ -20,13 +20,13 @@ def measure(method: str, size: str, image: int, batch: int, device: str) -> dict
     from lightning_fabric import Fabric
 
     from filtrun import runner
+    from filtrun.context import Run
     from filtrun.cost import peak_memory, reset_peak_memory
     from filtrun.data.base import Batch
     from filtrun.data.digits import Digits
     from filtrun.methods.baseline.full import Full
     from filtrun.methods.peft.sara import SaRA
     from filtrun.models.unet import UNet
-    from filtrun.run import Run
     from filtrun.stages import Stages
     from filtrun.tasks.diffuse import Diffuse
     from filtrun.trainer import Trainer

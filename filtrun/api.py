@@ -28,16 +28,26 @@ def register_resolvers() -> None:
 
 
 def with_default_model(overrides: Sequence[str]) -> list[str]:
-    """Add the usual model of a task that is named without one: ``task=classify`` alone means ``model=resnet20``."""
+    """Add the choices that go without saying.
+
+    A task named without a model gets its usual one (``task=classify`` means ``model=resnet20``); a model that starts
+    from nothing and is named without a method is trained in full (``model=espcn`` means ``method=full``).
+    """
+    from filtrun.catalogue import entries
+
     chosen = {name for name, sign, _ in (o.partition("=") for o in overrides) if sign}
     tasks = [o.partition("=")[2] for o in overrides if o.startswith("task=")]
     if tasks and "model" not in chosen and not any(o.startswith("method=") for o in overrides):
-        from filtrun.catalogue import entries
-
         fits = {e.name: e.tasks for e in entries("models")}
-        for default in ("unet", "resnet20", *fits):
+        for default in ("unet", "resnet20", "espcn", *fits):
             if tasks[-1] in fits.get(default, ()):
-                return [*overrides, f"model={default}"]
+                overrides = [*overrides, f"model={default}"]
+                break
+    models = [o.partition("=")[2] for o in overrides if o.startswith("model=")]
+    if models and "method" not in chosen and not any(o.startswith("model.base=") for o in overrides):
+        bases = {e.name: e.node.get("base") for e in entries("models")}
+        if all(bases.get(name) == "scratch" for name in models[-1].split(",")):
+            return [*overrides, "method=full"]
     return list(overrides)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from filtrun.checkpoint import weights_sha256
+from filtrun.context import Run, seed_generators
 from filtrun.errors import UserError
 from filtrun.plan import Plan
-from filtrun.run import Run, seed_generators
 from filtrun.train_stage import train_stage
 
 

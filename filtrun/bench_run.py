@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from filtrun import runner
+from filtrun.context import Run, seed_generators
 from filtrun.errors import UserError
 from filtrun.method import Method
-from filtrun.run import Run, seed_generators
 from filtrun.tasks.diffuse import Diffuse
 
 SETTINGS: dict[str, dict[str, list[str]]] = {

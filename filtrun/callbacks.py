@@ -14,7 +14,7 @@ from filtrun.loggers import Loggers
 from filtrun.method import Method
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 
 class Log(Method):
@@ -33,7 +33,10 @@ class Log(Method):
         self.seconds = 0.0
         self.started = time.perf_counter()
 
+    slug = "_log"
+
     def start_phase(self, run: Run) -> None:
+        self.flush(run)  # what the phase before left unread
         self.last, self.started = run.step, time.perf_counter()
 
     def after_step(self, run: Run) -> None:
@@ -48,6 +51,12 @@ class Log(Method):
     def _checkpoint_due(self, run: Run) -> bool:
         every = run.trainer.checkpoint_every  # a checkpoint must never hold weights that a NaN has reached
         return bool(every) and run.step % every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.images, self.seconds = state["images"], state["seconds"]
 
     def flush(self, run: Run) -> None:
         """Read the sums (the one device sync), check them and write a line."""

@@ -15,7 +15,7 @@ from filtrun.method import Method
 from filtrun.pack import load_tree, save_tree
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 KEPT = 2
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
@@ -75,11 +75,21 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 class Checkpoints(Method):
-    """Callback that writes a checkpoint every `every` steps; it must come after the callback that checks for NaN."""
+    """Callback that writes a checkpoint every `every` steps, when all other hooks of the step are through.
+
+    It must be the last callback: after the one that checks for NaN.
+    """
 
     def __init__(self, every: int) -> None:
         self.every = every
 
+    def _due(self, run: Run) -> bool:
+        return bool(self.every) and run.step % self.every == 0 and run.fabric.global_rank == 0
+
     def after_step(self, run: Run) -> None:
-        if self.every and run.step % self.every == 0 and run.fabric.global_rank == 0:
+        if self._due(run) and not run.ends_epoch:
+            save_checkpoint(run)
+
+    def after_epoch(self, run: Run) -> None:
+        if self._due(run):
             save_checkpoint(run)

@@ -9,17 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filtrun.errors import RunFailure, UserError
+from filtrun.errors import Interrupted, RunFailure, UserError
 
 VERBS = {
     "list": "filtrun.verbs.list_",
     "info": "filtrun.verbs.info",
     "show": "filtrun.verbs.show",
     "sample": "filtrun.verbs.sample",
+    "apply": "filtrun.verbs.apply",
     "check": "filtrun.verbs.check",
     "doctor": "filtrun.verbs.doctor",
 }
 MESSAGE_LINES = 6
+FLAGS_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+    "--experimental-rerun",
+)  # fmt: skip
+"""Hydra's flags that a word of their own follows."""
+FLAGS = (
+    *FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
+    "--shell-completion", "-sc", "--info", "-i", "--dry-run",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         return 0
-    except KeyboardInterrupt:
-        return complain(RunFailure("interrupted"))
+    except KeyboardInterrupt as stop:
+        told = stop.__cause__ if isinstance(stop.__cause__, Interrupted) else Interrupted("interrupted")
+        return complain(told)
 
 
 def complain(error: UserError | RunFailure) -> int:
@@ -52,34 +63,36 @@ def complain(error: UserError | RunFailure) -> int:
 def run_command(arguments: list[str]) -> int:
     """Everything but the verbs: Hydra composes, then each job runs in its folder."""
     dry = "--dry-run" in arguments
-    if dry:
-        arguments = [a for a in arguments if a != "--dry-run"]
-    arguments = _resumed(arguments)
+    flags, overrides = split_arguments([a for a in arguments if a != "--dry-run"])
+    overrides = _resumed(overrides)
     from filtrun.api import register_resolvers, with_default_model
     from filtrun.catalogue import conf_dir
 
-    overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
-    arguments += [a for a in with_default_model(overrides) if a not in overrides]
+    overrides = with_default_model(overrides)
+    more = []
     if dry:
         from filtrun.verbs.dry_run import DryRun
 
         job: Any = DryRun()
-        arguments += job.overrides()
+        more += job.overrides()
     else:
-        job = Job(multirun=any(a in ("-m", "--multirun") for a in arguments))
+        job = Job(multirun="-m" in flags or "--multirun" in flags)
     if int(os.environ.get("RANK", "0")) > 0:
         import tempfile  # a process started by torchrun beside the first one keeps out of the run folder
 
-        arguments.append(f"hydra.run.dir={tempfile.mkdtemp()}")
+        more.append(f"hydra.run.dir={tempfile.mkdtemp()}")
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, and are told in one line
     register_resolvers()
     import hydra
 
-    from filtrun.hydra_errors import translated
+    from filtrun.hydra_errors import check_optional, translated
+
+    if not {"--config-dir", "-cd"} & set(flags):
+        check_optional(overrides)
 
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job.run)
-    before, sys.argv = sys.argv, ["filtrun", *arguments]
+    before, sys.argv = sys.argv, ["filtrun", *flags, *overrides, *more]
     try:
         with translated(overrides), _folder_errors():
             entry()
@@ -99,8 +112,31 @@ class _folder_errors:
             raise UserError(f"{error.filename or 'the output folder'} cannot be written: {error.strerror}") from error
 
 
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(flags with their values, overrides): Hydra understands them in this order only.
+
+    Raises UserError for a flag that does not exist.
+    """
+    from filtrun.errors import unknown
+
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
+    for word in arguments:
+        if takes_value:
+            flags.append(word)
+        elif word.startswith("-"):
+            if word.partition("=")[0] not in FLAGS:
+                raise unknown("flag", word, FLAGS)
+            flags.append(word)
+        else:
+            overrides.append(word)
+        takes_value = not takes_value and word in FLAGS_WITH_VALUE
+    return flags, overrides
+
+
 def _resumed(arguments: list[str]) -> list[str]:
-    """Turn ``resume=RUN`` into the command that made RUN, in its folder."""
+    """Turn ``resume=RUN`` into the overrides that made RUN, in its folder."""
     given = [a for a in arguments if a.startswith("resume=") and a not in ("resume=null", "resume=")]
     if not given:
         return arguments
@@ -109,13 +145,15 @@ def _resumed(arguments: list[str]) -> list[str]:
     folder = Path(given[-1].partition("=")[2])
     record = Record.read(folder)
     rest = [a for a in arguments if not a.startswith("resume=")]
-    allowed = ("device=", "logger=", "workers=", "stages.root=", "data.root=", "-", "trust=")
+    allowed = ("device=", "logger=", "workers=", "stages.root=", "data.root=", "trust=")
     for override in rest:
         if not override.startswith(allowed):
             raise UserError(
                 f"{override} cannot change with resume={folder}; only where it runs can (device, logger, roots)"
             )
-    return [*record.overrides, *rest, f"hydra.run.dir={record.folder}"]
+    made = [o for o in record.overrides if not o.startswith(("force=", "resume=", "hydra.run.dir="))]
+    quoted = str(record.folder).replace("\\", "\\\\").replace("'", "\\'")
+    return [*made, *rest, f"hydra.run.dir='{quoted}'"]
 
 
 class Job:
@@ -138,6 +176,8 @@ class Job:
         try:
             values, choices = plain(_with_hydra(config, hydra))
             record = execute(values, choices, Path(hydra.runtime.output_dir), overrides)
+        except Interrupted as error:  # whoever stops a sweep does not mean one cell; Hydra would go on to the next
+            raise KeyboardInterrupt from error
         except (UserError, RunFailure) as error:
             self.codes.append(complain(error))
             self.cells.append((" ".join(overrides), None))

@@ -23,11 +23,11 @@ from torch import Tensor
 from filtrun import runner
 from filtrun.bench_run import BenchRun, losses_of, probe
 from filtrun.checkpoint import Checkpoints, checkpoint_files, load_checkpoint, weights_sha256
+from filtrun.context import Run, mix_seed, seed_generators
 from filtrun.delta import FILE, load_delta, save_delta
 from filtrun.errors import UserError
 from filtrun.method import Method
 from filtrun.pack import load_tree, save_tree
-from filtrun.run import Run, mix_seed, seed_generators
 
 MERGE_TOLERANCE = 1e-5
 SPLIT_TOLERANCE = 1e-4

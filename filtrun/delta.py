@@ -13,7 +13,7 @@ from filtrun.errors import UserError
 from filtrun.pack import load_tree, save_tree
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 FILE = "model.safetensors"
 

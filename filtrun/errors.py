@@ -1,4 +1,4 @@
-"""The two ways a command ends badly, and the near-match hint that goes with the first."""
+"""The ways a command ends badly, and the near-match hint that goes with the first."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ class RunFailure(Exception):
     exit_code = 1
 
 
+class Interrupted(RunFailure):
+    """Ctrl-C, or a scheduler that ends the job: the run can go on later."""
+
+
 def closest(word: object, options: Iterable[object]) -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to `word`, else an empty string."""
-    names = sorted({str(option) for option in options})
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.55)
+    names = {str(option).casefold(): str(option) for option in sorted(options, key=str)}
+    wanted = str(word).casefold()
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.55)
     if not near:  # a name cut short is a frequent slip that the ratio misses
-        near = [name for name in names if str(word) and name.startswith(str(word))][:1]
-    return f"; did you mean {near[0]!r}?" if near else ""
+        near = [name for name in names if wanted and name.startswith(wanted)][:1]
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
 
 
 def unknown(what: str, word: object, options: Iterable[object]) -> UserError:

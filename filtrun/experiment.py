@@ -12,13 +12,13 @@ from filtrun import runner
 from filtrun.base import base_model, evaluate_base
 from filtrun.callbacks import Ema, Log
 from filtrun.checkpoint import Checkpoints, drop_checkpoints, load_checkpoint
+from filtrun.context import Run
 from filtrun.cost import environment, forward_flops, peak_memory, reset_peak_memory
 from filtrun.delta import save_delta
 from filtrun.loggers import JsonLines, Loggers
 from filtrun.method import Method, count
 from filtrun.plan import Plan
 from filtrun.record import Record
-from filtrun.run import Run
 from filtrun.stages import Stages, file_sha256
 
 
@@ -83,8 +83,9 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
         run.callbacks = []
     if ema is not None and run.optimizer is not None:
         ema.start(run)
-    if run.optimizer is not None and load_checkpoint(run):
-        loggers.rewind(run.step)
+    if run.optimizer is not None:
+        load_checkpoint(run)
+        loggers.rewind(run.step)  # without a checkpoint, to the start: all of it will be logged again
         log.last = run.step
     reset_peak_memory(run.device)
     runner.fit(run)

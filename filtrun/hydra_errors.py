@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from filtrun.errors import UserError, closest, unknown
@@ -28,15 +29,45 @@ def translated(overrides: Sequence[str]) -> Iterator[None]:
             f"{error.override!r} on the command line is not understood; write key=value, for example seed=1 or "
             f"method=[sara,lora]\n{str(error).splitlines()[0]}"
         ) from error
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        wrong = [o for o in overrides if (_group_folder(o.partition("=")[0])).is_dir() and not _names_option(o)]
+        key, _, value = (wrong or [overrides[-1]])[0].partition("=")
+        names = [path.stem for path in _group_folder(key).glob("*.yaml")]
+        raise UserError(f"{key}={value} must be a name\nallowed: {', '.join(sorted(names))}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _wrong_key(error, overrides) from error
+
+
+def check_optional(overrides: Sequence[str]) -> None:
+    """Raise UserError for a recipe that is not there: Hydra leaves out an optional choice without a word."""
+    for override in overrides:
+        group, _, given = override.partition("=")
+        if group in ("recipe", "task_scale"):
+            names = [path.stem for path in _group_folder(group).glob("*.yaml")]
+            for name in given.strip("[]").split(","):
+                if name not in (*names, "null", ""):
+                    raise unknown(group, name, names)
+
+
+def _group_folder(group: str) -> Path:
+    from filtrun.catalogue import conf_dir
+
+    return conf_dir() / (group.lstrip("+~") or "-")
+
+
+def _names_option(override: str) -> bool:
+    value = override.partition("=")[2]
+    return bool(value) and value != "null" and not value.replace(".", "").lstrip("-").isdigit()
 
 
 def _missing(error: Any) -> UserError:
     wanted = str(error.missing_cfg_file or "")
     group, _, option = wanted.rpartition("/")
-    if error.options:
-        return unknown(group or "option", option, error.options)
+    options = error.options or [path.stem for path in _group_folder(group).glob("*.yaml")]  # none for lists of options
+    if options:
+        return unknown(group or "option", option, options)
     return UserError(str(error).splitlines()[0])
 
 

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int, rows: list[str] | None = None, scale: int = 0) -> None:
+def save_grid(
+    images: Tensor,
+    path: Path,
+    *,
+    columns: int,
+    rows: list[str] | None = None,
+    titles: list[str] | None = None,
+    scale: int = 0,
+) -> None:
     """Write images (N, C, H, W) in [0, 1] as one PNG, row by row, names at the left; replaced at once when it exists.
 
     Args:
         columns: images per row.
         rows: one name per row.
+        titles: one name per column, above the first row.
         scale: whole factor small images are enlarged by (nearest neighbour); 0 chooses one for about 48 pixels.
     """
     from PIL import Image, ImageDraw, ImageFont
@@ -27,16 +36,19 @@ def save_grid(images: Tensor, path: Path, *, columns: int, rows: list[str] | Non
     lines = -(-n // columns)
     font = ImageFont.load_default(size=14)
     margin = 8 + max((int(font.getlength(name)) for name in rows), default=0) if rows else 0
-    sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, lines * (height + gap) + gap), "white")
+    top = 22 if titles else 0
+    sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, top + lines * (height + gap) + gap), "white")
     for i in range(n):
         array = pixels[i].permute(1, 2, 0).numpy()
         tile = Image.fromarray(array[..., 0] if channels == 1 else array[..., :3])
-        sheet.paste(
-            tile.convert("RGB"), (margin + gap + i % columns * (width + gap), gap + i // columns * (height + gap))
-        )
+        corner = (margin + gap + i % columns * (width + gap), top + gap + i // columns * (height + gap))
+        sheet.paste(tile.convert("RGB"), corner)
     draw = ImageDraw.Draw(sheet)
     for line, name in enumerate(rows or []):
-        draw.text((4, gap + line * (height + gap) + height // 2), name, fill="black", font=font, anchor="lm")
+        draw.text((4, top + gap + line * (height + gap) + height // 2), name, fill="black", font=font, anchor="lm")
+    for column, name in enumerate(titles or []):
+        centre = margin + gap + column * (width + gap) + width // 2
+        draw.text((centre, 12), name, fill="black", font=font, anchor="mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}")
     sheet.save(work, format="PNG")

@@ -16,7 +16,7 @@ from filtrun.train_stage import train_stage
 from filtrun.trainer import Trainer
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 JUDGE_SEED, FEATURE_SEED = 7001, 9002
 

@@ -10,6 +10,8 @@ import re
 import signal
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +181,24 @@ def _work(fabric: Any, plan: Any, folder: Path, record: Record, quiet: bool) -> 
             say(line)
 
         log.info("%s in %s on %s", plan.name, folder, fabric.device)
-        done = experiment(plan, fabric, folder, record, bar, tell)
+        with _cpu_threads(plan.config.get("threads")):
+            done = experiment(plan, fabric, folder, record, bar, tell)
         log.info("finished: %s", done.metrics)
         return done
+
+
+@contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` CPU threads for a while (None: as many as it likes)."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _interruptible:

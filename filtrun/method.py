@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
     from filtrun.trainer import Phase
 
 HOOKS = (

@@ -26,7 +26,7 @@ def flatten(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
         tensors[name] = tree.detach().contiguous().cpu()
         return {_TENSOR: name}
     if isinstance(tree, Mapping):
-        whole = {key: flatten(value, tensors, f"{path}/{key}" if path else str(key)) for key, value in tree.items()}
+        whole = {key: flatten(value, tensors, f"{path}/{_plain(key)}".lstrip("/")) for key, value in tree.items()}
         if whole and all(isinstance(key, int) for key in whole):  # JSON would turn them into strings
             return {_INT_KEYS: {str(key): value for key, value in whole.items()}}
         return whole
@@ -35,6 +35,10 @@ def flatten(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     raise TypeError(f"state at {path!r} is a {type(tree).__name__}, not a tensor or a JSON value")
+
+
+def _plain(key: Any) -> str:
+    return str(key).replace("%", "%25").replace("/", "%2F")  # {"a/b": x} and {"a": {"b": y}} are two tensors
 
 
 def unflatten(tree: Any, tensors: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 BASES = ("pretrain", "scratch", "checkpoint", "hub")
 CLASSES = ("auto", "all", "target", "source")
 NORMALIZE = ("data", "imagenet", "half", "none")
-MACHINE_KEYS = ("name", "device", "workers", "stages", "logger", "resume", "force", "trust")
+PARTS = ("data", "model", "task", "trainer", "pretrain", "stages")
+MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust")
 """Keys that do not change what a run computes and are not in its key."""
 
 
@@ -48,7 +50,7 @@ class Plan:
     def name(self) -> str:
         """Short name for tables: the given one, or method-data-model."""
         methods = "+".join(m.slug for m in self.methods) or "none"
-        return self.config.get("name") or f"{methods}-{self.choices.get('data')}-{self.choices.get('model')}"
+        return str(self.config.get("name") or "") or f"{methods}-{self.choices.get('data')}-{self.choices.get('model')}"
 
     @property
     def keeps(self) -> str | None:
@@ -59,9 +61,7 @@ class Plan:
         """Build the model for the data (which must be set up); its weights come from torch's global generator."""
         from torch import nn
 
-        sizes: dict[str, Any] = {
-            "num_classes": self.data.num_classes, "in_channels": self.data.channels, "image_size": self.data.image_size,
-        }  # fmt: skip
+        sizes = {name: value for name, value in self.task.sizes(self.data).items() if name not in self.config["model"]}
         if pretrained:
             target = resolve(self.config["model"]["_target_"], self.trust)
             if "pretrained" not in inspect.signature(target).parameters:
@@ -83,7 +83,8 @@ class Plan:
         for option in MACHINE_OPTIONS:
             config["trainer"].pop(option, None)
             config["pretrain"].pop(option, None)
-        config["data"].pop("root", None)
+        for place in self.data.places:
+            config["data"].pop(place, None)
         model = resolve(self.config["model"]["_target_"], self.trust)
         code = code_version(model, self.task, *self.methods) | {runner.__name__: module_version(runner.__name__)}
         return digest({"config": config, "data": self.data.fingerprint(), "code": code})
@@ -97,6 +98,7 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
     from filtrun.data.base import Data
 
     cfg = dict(config)
+    _check_keys(cfg)
     trust = list(cfg.get("trust") or [])
     _check_choice("model.base", cfg["model"].get("base", "pretrain"), BASES)
     _check_choice("model.normalize", cfg["model"].get("normalize", "data"), NORMALIZE)
@@ -104,6 +106,9 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
     for key, low in (("seed", 0), ("split_seed", 0), ("workers", 1)):
         if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < low:
             raise UserError(f"{key}={cfg[key]!r} must be a whole number from {low}")
+    threads = cfg.get("threads")
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise UserError(f"threads={threads!r} must be a whole number from 1, or null")
     trainer = make_trainer(cfg["trainer"], "trainer")
     pretrain = {**cfg["trainer"], **{k: v for k, v in cfg["pretrain"].items() if k != "seed"}}
     if "steps" in cfg["pretrain"] and cfg["pretrain"]["steps"] is not None:
@@ -154,6 +159,7 @@ def check_fit(plan: Plan) -> None:
     tasks = plan.config["model"].get("tasks") or [kind]
     if kind not in tasks:
         raise UserError(f"model={model} does task={' or '.join(tasks)}, not task={kind}; {_models_for(kind)}")
+    plan.task.check_data(plan.data)
     for method in plan.methods:
         node = plan.config["method"][method.slug]
         fits = (node.get("needs") or {}).get("tasks") or method.tasks
@@ -172,6 +178,40 @@ def _models_for(kind: str) -> str:
 
     names = [e.name for e in entries("models") if kind in e.tasks]
     return f"models that do {kind}: {', '.join(names)}"
+
+
+@functools.cache
+def _known_keys() -> frozenset[str]:
+    """The top-level keys of the composed configuration: those of config.yaml and the groups it chooses from."""
+    from filtrun.catalogue import conf_dir
+    from filtrun.config_file import read_yaml
+
+    return frozenset(read_yaml(conf_dir() / "config.yaml")) - {"defaults", "hydra"} | {
+        *PARTS,
+        "scale",
+        "method",
+        "logger",
+    }
+
+
+def _check_keys(cfg: Mapping[str, Any]) -> None:
+    """Raise UserError for a top-level key that is unknown, or whose value has the wrong shape."""
+    known = _known_keys()
+    for key in cfg:
+        if key not in known:
+            raise unknown("key", key, known)
+    for key in (*PARTS, "method", "logger"):
+        if not isinstance(cfg.get(key), Mapping) and (key in PARTS or cfg.get(key) is not None):
+            raise UserError(f"{key}={cfg.get(key)!r} must hold options; set them one by one: {key}.KEY=VALUE")
+    trust = cfg.get("trust")
+    if not isinstance(trust, (list, tuple, type(None))):
+        raise UserError(f"trust={trust} must be a list of packages; write trust=[{trust}]")
+    if not isinstance(cfg["stages"].get("root"), str):
+        raise UserError(f"stages.root={cfg['stages'].get('root')!r} must be a folder, for example outputs/stages")
+    if isinstance(cfg.get("name"), (Mapping, list)):
+        raise UserError(f"name={cfg['name']!r} must be text")
+    if not isinstance(cfg.get("force"), bool):
+        raise UserError(f"force={cfg.get('force')!r} must be true or false")
 
 
 def _check_choice(key: str, value: Any, options: tuple[str, ...]) -> None:

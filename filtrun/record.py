@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,6 +65,8 @@ class Record:
                 os.fsync(stream.fileno())
             os.replace(work, path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                work.unlink(missing_ok=True)
             raise RunFailure(f"{path} could not be written: {error.strerror or error}") from error
 
     @classmethod

@@ -7,13 +7,13 @@ from typing import Any
 
 from filtrun import runner
 from filtrun.base import base_model
+from filtrun.context import Run
 from filtrun.delta import FILE, load_delta
 from filtrun.errors import UserError
 from filtrun.experiment import new_run
 from filtrun.launch import make_fabric
 from filtrun.plan import make_plan
 from filtrun.record import Record
-from filtrun.run import Run
 
 
 def reload(folder: Path | str, *, device: str = "auto", overrides: dict[str, Any] | None = None) -> tuple[Run, Record]:

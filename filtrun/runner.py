@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from filtrun.context import Run, mix_seed, seed_generators
 from filtrun.errors import UserError
-from filtrun.run import Run, mix_seed, seed_generators
 from filtrun.trainer import Phase, grouped, lr_factor, make_optimizer
 
 
@@ -62,13 +62,14 @@ def train_step(run: Run, batch: Any) -> Tensor:
     total, task_total = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     for i, part in enumerate(parts):
         run.seed_step(i + 1)
+        share = len(part) / len(batch)  # a short batch may not cut evenly
         with run.fabric.no_backward_sync(run.net, enabled=i + 1 < len(parts)):
             task_loss = loss = run.task.loss(run, part)
             for method in run.methods:
                 loss = method.loss(run, part, loss)
-            run.fabric.backward(loss / len(parts))
-        total += loss.detach() / len(parts)
-        task_total += task_loss.detach() / len(parts)
+            run.fabric.backward(loss * share)
+        total += loss.detach() * share
+        task_total += task_loss.detach() * share
     run.each("after_backward")
     if run.trainer.clip:
         run.fabric.clip_gradients(run.net, run.optimizer, max_norm=run.trainer.clip, error_if_nonfinite=False)

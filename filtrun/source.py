@@ -14,7 +14,7 @@ from typing import Any
 
 from filtrun.syntax import Module, module, module_path
 
-GIVEN = frozenset({"num_classes", "in_channels", "image_size", "pretrained"})
+GIVEN = frozenset({"num_classes", "in_channels", "image_size", "scale", "pretrained"})
 """Arguments the runner fills in (sizes from the data, where a model starts); they are no options."""
 
 
@@ -103,6 +103,7 @@ def _annotated(
 ) -> None:
     kind = ast.unparse(item.annotation)
     if "ClassVar" in kind or not fields:
+        made.options.pop(name, None)  # a subclass may fix what its base lets one choose
         if item.value is not None:
             made.origin[name], made.facts[name] = made.target, home.value(item.value)
         return

@@ -39,7 +39,7 @@ def is_whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return all(file_sha256(folder / name) == sha for name, sha in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -95,6 +95,8 @@ class Stages:
             aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.damaged-", dir=self.root))
             os.replace(folder, aside / folder.name)
             self.log(f"stage {name}: {folder} is damaged; moved to {aside} and made again")
+        for left in self.root.glob(f".{folder.name}.*"):  # by a builder that was killed: the lock is ours
+            shutil.rmtree(left, ignore_errors=True)
         self.log(f"stage {name}: working")
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self.root))
         try:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from filtrun.context import Run
     from filtrun.data.base import Data
-    from filtrun.run import Run
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Task:
     def augment(self, data: Data) -> Callable[[Tensor], Tensor] | None:
         """Training augmentation of float images (N, C, H, W) in [0, 1], or None."""
         return data.augmentation()
+
+    def sizes(self, data: Data) -> dict[str, Any]:
+        """What a model is told when it is built, by the names of its arguments."""
+        return {"num_classes": data.num_classes, "in_channels": data.channels, "image_size": data.image_size}
+
+    def check_data(self, data: Data) -> None:
+        """Raise UserError when the task cannot work on this kind of data; nothing has been read yet."""
 
     def training_key(self) -> dict[str, Any]:
         """The options that change what training computes."""

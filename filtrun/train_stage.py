@@ -12,10 +12,10 @@ from torch import nn
 from filtrun import runner
 from filtrun.callbacks import Ema, Log
 from filtrun.code_version import code_version, module_version
+from filtrun.context import Run, seed_generators
 from filtrun.loggers import Loggers
 from filtrun.methods.baseline.full import Full
 from filtrun.pack import load_tree, save_tree
-from filtrun.run import Run, seed_generators
 from filtrun.task import Task
 from filtrun.trainer import Trainer
 

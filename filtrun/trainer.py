@@ -52,6 +52,11 @@ class Trainer:
             raise UserError(
                 f"trainer.batch_size={self.batch_size} is no multiple of trainer.accumulate={self.accumulate}"
             )
+        if self.batch_size % (self.devices * self.nodes):
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} is shared by {self.devices * self.nodes} processes; "
+                f"take a multiple of {self.devices * self.nodes}"
+            )
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps of the whole training on a split of `images` images (incomplete batches are dropped)."""

@@ -14,9 +14,9 @@ import torch
 
 from filtrun.catalogue import conf_dir
 from filtrun.conformance import conform
+from filtrun.context import Run
 from filtrun.errors import UserError
 from filtrun.method import Method
-from filtrun.run import Run
 
 METHODS = sorted(path.stem for path in (Path(conf_dir()) / "method").glob("*.yaml"))
 VIT = ("model=vit", "model.size=nano", "model.depth=1")

@@ -50,6 +50,8 @@ class Data:
 
     name: ClassVar[str] = "data"
     licence: ClassVar[str] = ""
+    places: ClassVar[tuple[str, ...]] = ("root",)
+    """Options that say where files lie and not what is in them: they are in no key."""
     classes: ClassVar[Sequence[str]] = ()
     channels: ClassVar[int] = 3
     image_size: ClassVar[int] = 0

@@ -85,10 +85,10 @@ def stratified(labels: Tensor, fraction: float, *seed: object) -> tuple[Tensor, 
 
 
 class Split:
-    """Images with labels, either a uint8 tensor or files decoded on demand.
+    """Images with labels, either a tensor or files decoded on demand.
 
     Attributes:
-        images: uint8 (N, C, H, W), or a `LazyImages` of that shape.
+        images: uint8 (N, C, H, W), float32 where 8 bits are too few, or a `LazyImages` of that shape.
         labels: int64 (N,).
         index: int64 (N,), position in the parent set; `parent_len` is that set's length, so a table of
             per-sample state of that length can be addressed with any batch's ``index``.
@@ -106,8 +106,8 @@ class Split:
     ) -> None:
         if len(images) != len(labels):
             raise UserError(f"{name}: {len(images)} images but {len(labels)} labels")
-        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4):
-            raise TypeError(f"images must be uint8 (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
+        if isinstance(images, Tensor) and (images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4):
+            raise TypeError(f"images must be uint8 or float32 (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
         self.images, self.labels, self.name = images, labels.long(), name
         self.index = torch.arange(len(labels), device=labels.device) if index is None else index.long()
         self.parent_len = len(labels) if parent_len is None else parent_len
@@ -181,7 +181,7 @@ class Split:
         return self._copies[device]
 
     def read(self, indices: Tensor) -> Tensor:
-        """uint8 (len(indices), C, H, W) at positions `indices`, which lie on this split's device."""
+        """uint8 or float32 (len(indices), C, H, W) at positions `indices`, which lie on this split's device."""
         if isinstance(self.images, Tensor):
             return self.images.index_select(0, indices)
         return cast(LazyImages, self.images).decode(indices.tolist())
@@ -193,5 +193,5 @@ class Split:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [0, 1], exactly value / 255."""
-    return images.to(torch.float32).div_(255)
+    """uint8 0..255 -> float32 in [0, 1], exactly value / 255; float32 stays as it is."""
+    return images if images.dtype == torch.float32 else images.to(torch.float32).div_(255)

@@ -15,8 +15,8 @@ from filtrun.options import opt
 from filtrun.task import Metric, Task, normalizer
 
 if TYPE_CHECKING:
+    from filtrun.context import Run
     from filtrun.data.base import Batch
-    from filtrun.run import Run
 
 
 @dataclass

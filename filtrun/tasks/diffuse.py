@@ -21,8 +21,8 @@ from filtrun.options import opt
 from filtrun.task import Metric, Task
 
 if TYPE_CHECKING:
+    from filtrun.context import Run
     from filtrun.data.base import Batch, Data
-    from filtrun.run import Run
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from filtrun import runner
 from filtrun.bench_run import BenchRun, probe
+from filtrun.context import Run
 from filtrun.errors import UserError
-from filtrun.run import Run
 from filtrun.task import normalizer
 
 VIT = ["model=vit", "model.size=nano", "model.depth=1"]

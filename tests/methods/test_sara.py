@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from filtrun import runner
 from filtrun.bench_run import BenchRun, probe
 from filtrun.checkpoint import weights_sha256
+from filtrun.context import mix_seed
 from filtrun.delta import FILE, load_delta, save_delta
 from filtrun.errors import UserError
 from filtrun.methods.peft.sara import SaRA, auto_lr, nuclear_subgradient, select_below, threshold_for
-from filtrun.run import mix_seed
 
 THETA, LR = 0.03, 4e-3
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 1e-2

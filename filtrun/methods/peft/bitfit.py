@@ -14,7 +14,7 @@ from filtrun.method import Method, train_head
 from filtrun.options import opt
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 
 @dataclass

@@ -9,7 +9,7 @@ from filtrun.errors import UserError
 from filtrun.method import Method, train_head
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 
 @dataclass

@@ -35,7 +35,7 @@ from filtrun.options import check_options, opt
 from filtrun.sparse_entries import keep_order, owners_of
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {

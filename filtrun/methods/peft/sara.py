@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from filtrun.context import mix_seed
 from filtrun.errors import UserError
 from filtrun.method import Method
 from filtrun.options import check_options, opt
-from filtrun.run import mix_seed
 from filtrun.sparse_entries import DenseEntries, ScatterEntries, owners_of
 
 if TYPE_CHECKING:
-    from filtrun.run import Run
+    from filtrun.context import Run
 
 MIN_ENTRIES = 100
 """The low-rank term leaves out tensors with at most this many chosen entries (``adamw2.py``)."""
@@ -258,6 +258,9 @@ class SaRA(Method):
 
     def after_step(self, run: Run) -> None:
         self.after_update()
+
+    def before_eval(self, run: Run) -> None:
+        self.sync()  # a loaded state takes the frozen values now, before averaged weights are swapped in
 
     def finish(self, run: Run) -> None:
         self.detach()

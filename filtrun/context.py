@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -150,6 +151,12 @@ class Run:
 
         assert self.train_split is not None
         return batches_per_epoch(self.train_split, self.trainer.batch_size)
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the step just done was the last of an epoch or of a phase, so that `after_epoch` comes next."""
+        ends = accumulate(phase.steps for phase in self.phases)
+        return self.step % self.steps_per_epoch == 0 or self.step in ends
 
     def batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         """The training batches of one epoch on the device, after the first `skip`; not augmented yet."""

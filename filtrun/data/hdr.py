@@ -1,0 +1,242 @@
+"""Images with more than 8 bits: Radiance .hdr, OpenEXR .exr, 16-bit PNG and TIFF, as float; nothing is clipped."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from filtrun.data.images import SUFFIXES, decode, readable
+from filtrun.errors import UserError
+
+HDR_SUFFIXES = frozenset((".hdr", ".pic", ".exr"))
+ALL_SUFFIXES = SUFFIXES | HDR_SUFFIXES
+LUMA = (0.299, 0.587, 0.114)
+
+
+def read_image(path: Path | str, channels: int | None = 3) -> Tensor:
+    """One image file as (C, H, W): uint8 where it has 8 bits, else float32.
+
+    - Radiance and OpenEXR: linear light as stored, any value from 0 on, above 1 too;
+    - 16-bit PNG and TIFF: value / 65535; float TIFF: as stored;
+    - everything else: 8 bits, see `filtrun.data.images.decode` (EXIF orientation, palettes, CMYK, transparency).
+
+    Args:
+        channels: 3 for RGB, 1 for grey (BT.601 weights), None for what the file has.
+
+    Raises:
+        UserError: naming the file when it cannot be read, has a pixel that is NaN or infinite, or needs a package.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in (".hdr", ".pic"):
+        pixels = read_radiance(path)
+    elif suffix == ".exr":
+        pixels = _read_exr(path)
+    elif suffix in (".tif", ".tiff"):
+        found = _read_tiff(path)
+        if found is None:
+            return torch.from_numpy(decode(path, channels))
+        pixels = found
+    elif suffix == ".png" and _png_depth(path) == 16:
+        pixels = read_png16(path)
+    else:
+        return torch.from_numpy(decode(path, channels))
+    if not np.isfinite(pixels).all():
+        rows, columns = np.nonzero(~np.isfinite(pixels).all(-1))[:2]
+        raise UserError(
+            f"{path} has {len(rows)} pixels that are NaN or infinite, the first in row {rows[0]}, column {columns[0]}; "
+            "mend the file or take it out"
+        )
+    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
+    return _with_channels(image, channels)
+
+
+def _with_channels(image: Tensor, channels: int | None) -> Tensor:
+    """Float (C, H, W) as grey or RGB; alpha (the 2nd or 4th channel) is laid over white, as for 8-bit files."""
+    if len(image) in (2, 4):
+        alpha = image[-1:].clamp(0, 1)
+        image = image[:-1] * alpha + (1 - alpha)
+    if channels == 1 and len(image) == 3:
+        return (image * torch.tensor(LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+    return image.expand(3, -1, -1).contiguous() if channels == 3 and len(image) == 1 else image
+
+
+# ---- Radiance
+
+
+def read_radiance(path: Path) -> np.ndarray:
+    """Radiance RGBE picture (Ward, 1991) as float32 (H, W, 3): flat, old and new run-length coding."""
+    with readable(path):
+        data = path.read_bytes()
+    header = re.match(rb"#\?\w+[^\n]*\n(.*?\n)?\n([-+])Y (\d+) \+X (\d+)\n", data, re.S)
+    if header is None or b"32-bit_rle_xyze" in (header[1] or b""):
+        raise UserError(f"{path} is no Radiance picture in RGB, rows from left to right")
+    height, width = int(header[3]), int(header[4])
+    exposure = 1.0
+    for value in re.findall(rb"^EXPOSURE=\s*([-+.\deE]+)", header[1] or b"", re.M):
+        exposure *= float(value)
+    try:
+        rgbe = _scanlines(data[header.end() :], height, width)
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{path} ends too early or is damaged") from error
+    scale = np.where(rgbe[..., 3:] > 0, np.ldexp(1.0, rgbe[..., 3:].astype(np.int32) - 136), 0.0)
+    pixels = (rgbe[..., :3] * scale / exposure).astype(np.float32)
+    return pixels if header[2] == b"-" else pixels[::-1]
+
+
+def _scanlines(data: bytes, height: int, width: int) -> np.ndarray:
+    out = np.zeros((height, width, 4), dtype=np.uint8)
+    at = 0
+    for y in range(height):
+        if 8 <= width < 32768 and data[at : at + 2] == b"\x02\x02" and data[at + 2] < 128:
+            if data[at + 2] << 8 | data[at + 3] != width:
+                raise ValueError("the row has another length")
+            at += 4
+            for channel in range(4):
+                x = 0
+                while x < width:
+                    count = data[at]
+                    run = count > 128
+                    count -= 128 if run else 0
+                    piece = data[at + 1 : at + 2] if run else data[at + 1 : at + 1 + count]
+                    if not count or x + count > width:
+                        raise ValueError("a run of the wrong length")
+                    out[y, x : x + count, channel] = np.frombuffer(piece, np.uint8)
+                    at, x = at + 1 + len(piece), x + count
+        else:
+            at = _old_scanline(data, at, out[y])
+    return out
+
+
+def _old_scanline(data: bytes, at: int, row: np.ndarray) -> int:
+    """Pixels one by one; (1, 1, 1, n) repeats the last one n times, several in a row give higher digits of n."""
+    x, shift = 0, 0
+    while x < len(row):
+        pixel = np.frombuffer(data[at : at + 4], np.uint8)
+        if len(pixel) < 4:
+            raise IndexError
+        at += 4
+        if (pixel[:3] == 1).all():
+            count = int(pixel[3]) << shift
+            if not x or x + count > len(row):
+                raise ValueError("a run of the wrong length")
+            row[x : x + count] = row[x - 1]
+            x, shift = x + count, shift + 8
+        else:
+            row[x], x, shift = pixel, x + 1, 0
+    return at
+
+
+def write_radiance(path: Path, image: Tensor) -> None:
+    """Write float (3, H, W), linear light from 0 on, as a flat Radiance picture (about 1 % precision)."""
+    pixels = image.detach().cpu().double().clamp(min=0).permute(1, 2, 0).numpy()
+    peak = pixels.max(-1, keepdims=True)
+    mantissa, exponent = np.frexp(peak)
+    scale = np.where(peak > 1e-32, mantissa * 256 / np.maximum(peak, 1e-38), 0)
+    rgb = np.floor(pixels * scale)
+    rgbe = np.concatenate([rgb, np.where(peak > 1e-32, exponent + 128, 0)], -1).astype(np.uint8)
+    header = f"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y {len(rgbe)} +X {rgbe.shape[1]}\n"
+    path.write_bytes(header.encode() + rgbe.tobytes())
+
+
+# ---- OpenEXR, TIFF, PNG
+
+
+def _read_exr(path: Path) -> np.ndarray:
+    try:
+        import OpenEXR
+    except ImportError as error:
+        raise UserError(f"{path}: OpenEXR files need a package: pip install 'filtrun[exr]'") from error
+    with readable(path):
+        path.stat()
+    try:
+        channels = OpenEXR.File(str(path)).channels()
+    except Exception as error:
+        raise UserError(f"{path} is not an OpenEXR image that can be read ({error})") from error
+    for name in ("RGB", "RGBA", "Y"):
+        if name in channels:
+            pixels = np.asarray(channels[name].pixels, dtype=np.float32)
+            return pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
+    raise UserError(f"{path} has the channels {', '.join(channels)}, but R, G, B or Y are needed")
+
+
+def _read_tiff(path: Path) -> np.ndarray | None:
+    """A TIFF of 16 or more bits as float (H, W, C); None for one of 8 bits or less."""
+    import tifffile
+
+    with readable(path):
+        path.stat()
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]
+            if page.dtype is None or page.dtype.itemsize == 1 or page.dtype == np.bool_:
+                return None
+            pixels, planar = page.asarray(), page.axes.startswith("S")
+    except Exception as error:
+        raise UserError(f"{path} is not an image that can be read ({str(error)[:100]})") from error
+    if planar:
+        pixels = np.moveaxis(pixels, 0, -1)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if np.issubdtype(pixels.dtype, np.floating):
+        return pixels.astype(np.float32)
+    if pixels.dtype != np.uint16:
+        raise UserError(f"{path} has {pixels.dtype} pixels; save it with 8, 16 or 32-bit float ones")
+    return (pixels / 65535).astype(np.float32)
+
+
+def _png_depth(path: Path) -> int:
+    """Bits per channel from the file's header; 0 if it has none."""
+    with readable(path), path.open("rb") as file:
+        head = file.read(26)
+    return head[24] if len(head) == 26 and head.startswith(b"\x89PNG\r\n\x1a\n") else 0
+
+
+def read_png16(path: Path) -> np.ndarray:
+    """A 16-bit PNG as float32 (H, W, C) in [0, 1], all 16 bits kept (Pillow cuts colour down to 8).
+
+    Raises:
+        UserError: a damaged or an interlaced file.
+    """
+    with readable(path):
+        data = path.read_bytes()
+    at, packed = 8, b""
+    while at + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        packed += data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
+        at += 12 + length
+    width, height, _, colour, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
+    if interlace:
+        raise UserError(f"{path} is an interlaced 16-bit PNG; save it without interlacing")
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    try:
+        raw = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + width * channels * 2)
+    except (zlib.error, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+    pixels = _unfilter(raw[:, 0], raw[:, 1:].reshape(height, width, channels * 2))
+    return (pixels.reshape(height, width, channels, 2).view(">u2")[..., 0] / 65535).astype(np.float32)
+
+
+def _unfilter(kinds: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """Undo PNG's row filters on (H, W, bytes per pixel), one diagonal at a time.
+
+    A pixel needs its left, upper and upper left neighbours, which lie on the two diagonals before it.
+    """
+    height, width, depth = raw.shape
+    out = np.zeros((height + 1, width + 1, depth), dtype=np.int16)
+    for d in range(height + width - 1):
+        y = np.arange(max(0, d - width + 1), min(height, d + 1))
+        x = d - y
+        left, up, corner = out[y + 1, x], out[y, x + 1], out[y, x]
+        estimate = left + up - corner
+        off_left, off_up, off_corner = abs(estimate - left), abs(estimate - up), abs(estimate - corner)
+        nearest = np.where(off_up <= off_corner, up, corner)
+        paeth = np.where((off_left <= off_up) & (off_left <= off_corner), left, nearest)
+        guess = np.choose(kinds[y][:, None], [np.zeros_like(left), left, up, (left + up) // 2, paeth])
+        out[y + 1, x + 1] = (raw[y, x] + guess) & 255
+    return np.ascontiguousarray(out[1:, 1:].astype(np.uint8))

@@ -1,0 +1,241 @@
+"""Read one photograph with everything it carries: all bits of its pixels, alpha, EXIF, colour profile."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from filtrun.data.hdr import read_image
+from filtrun.errors import UserError
+from filtrun.photo import exif as exif_tags
+from filtrun.photo.wide import read_png16_values, read_wide_tiff
+
+MAX_PIXELS = 178_956_970
+"""Largest image, Pillow's own limit: above it a small file may be meant to fill the memory."""
+TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+@dataclass
+class Photo:
+    """A photograph, upright.
+
+    Attributes:
+        pixels: (H, W, C), C = 1 grey or 3 RGB; uint8, uint16, or float32 as stored (linear light, above 1 too).
+        alpha: (H, W, 1) of the same type, float in [0, 1]; None when there is none.
+        exif: tags, see `filtrun.photo.exif.take`; the orientation is that of the file, not of `pixels`.
+        icc: the colour profile the pixels are in.
+        dpi: pixels per inch, horizontally and vertically.
+        notes: what a person should know about how it was read.
+    """
+
+    path: Path
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    exif: dict[int, Any] = field(default_factory=dict)
+    icc: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    @property
+    def peak(self) -> float:
+        """The value that stands for white in whole-number pixels; 1 for float ones."""
+        return 1.0 if self.pixels.dtype == np.float32 else float(np.iinfo(self.pixels.dtype).max)
+
+
+def read_photo(path: Path) -> Photo:
+    """Read an image file of any size.
+
+    8-bit images of all kinds Pillow knows (palettes, CMYK and other colour spaces become RGB, of an animation the
+    first frame counts), PNG and TIFF with 16 bits, float TIFF, Radiance and OpenEXR.
+
+    Raises:
+        UserError: naming the file and the reason: empty, cut short, no image, too large, NaN or infinite pixels.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not a file")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty (0 bytes)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _read(path)
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: permission denied") from error
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit in memory") from error
+    except Exception as error:  # decoders fail with OSError, SyntaxError, ValueError, struct.error, ...
+        if type(error).__name__ == "UnidentifiedImageError":
+            raise UserError(f"{path} is no image, or of a kind that is not known") from error
+        if type(error).__name__ == "DecompressionBombError":
+            raise UserError(f"{path} has more than {MAX_PIXELS:,} pixels, the most that is read") from error
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is not an image that can be read ({reason or type(error).__name__})") from error
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    """Raise UserError for an image above `MAX_PIXELS`."""
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path} has {width}x{height} pixels; the most that is read is {MAX_PIXELS:,}")
+
+
+def _read(path: Path) -> Photo:
+    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        head = file.read(8192)
+    if suffix in (".hdr", ".pic", ".exr"):
+        return _read_hdr(path, head)
+    if head.startswith(TIFF_MARKS):
+        import tifffile
+
+        with tifffile.TiffFile(path) as tiff:
+            page: Any = tiff.pages[0]
+            check_size(path, page.imagewidth, page.imagelength)
+            if page.dtype is not None and page.dtype.itemsize > 1 and page.dtype != np.bool_:
+                return _read_tiff(path, page, len(tiff.pages))
+    return _read_pillow(path, wide=head.startswith(b"\x89PNG\r\n\x1a\n") and head[24:25] == b"\x10")
+
+
+def _read_pillow(path: Path, *, wide: bool) -> Photo:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        check_size(path, *image.size)
+        frames = getattr(image, "n_frames", 1)
+        icc = image.info.get("icc_profile") or None
+        if not wide:
+            image.load()
+        tags, turn, lost = _tags(image)
+        dpi = image.info.get("dpi")
+        notes = [*lost, *([f"only the first of its {frames} images"] if frames > 1 and image.format != "MPO" else [])]
+        if wide:
+            pixels, alpha = read_png16_values(path)
+        else:
+            pixels, alpha, same_colours = _eight_bit(image, icc)
+            icc = icc if same_colours else None
+    upright = [None if a is None else np.ascontiguousarray(orient(a, turn)) for a in (pixels, alpha)]
+    assert upright[0] is not None
+    return Photo(path, upright[0], upright[1], tags, icc, _dpi(dpi, turn), notes)
+
+
+def _tags(image: Any) -> tuple[dict[int, Any], int, list[str]]:
+    """(EXIF tags, the orientation its pixels still have, notes); no tags when they are broken."""
+    try:
+        tags = exif_tags.take(image)
+        turn = image.getexif().get(exif_tags.ORIENTATION, 1)  # a TIFF is turned by Pillow itself, which drops the tag
+    except Exception:  # damaged EXIF is frequent, and no reason to give up the image
+        return {}, 1, ["its EXIF data is damaged and left out"]
+    return tags, turn if turn in range(1, 9) else 1, []
+
+
+def _dpi(value: Any, turn: int) -> tuple[float, float] | None:
+    try:
+        across, down = (float(v) for v in value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    if not (0 < across < 1e6 and 0 < down < 1e6):
+        return None
+    return (down, across) if turn >= 5 else (across, down)
+
+
+def orient(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """An array (H, W, ...) stored with EXIF orientation `turn` (1 to 8), upright."""
+    if turn >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+
+
+def _eight_bit(image: Any, icc: bytes | None) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """(pixels, alpha, whether they are still in the image's own colour space) of a loaded Pillow image."""
+    if image.mode == "F":
+        return np.asarray(image, dtype=np.float32)[..., None], None, True
+    if image.mode.startswith("I"):  # 16-bit grey, which some formats open as 32-bit integers
+        return np.asarray(image).astype(np.int64).clip(0, 65535).astype(np.uint16)[..., None], None, True
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        grey = image.mode in ("LA", "La", "L", "1")
+        both = np.array(image.convert("LA" if grey else "RGBA"))
+        return both[..., :-1], both[..., -1:], True
+    if image.mode in ("1", "L"):
+        return np.array(image.convert("L"))[..., None], None, True
+    if image.mode in ("CMYK", "LAB") and icc is not None:
+        return np.array(_to_srgb(image, icc)), None, False
+    return np.array(image.convert("RGB")), None, image.mode in ("RGB", "P", "RGBX", "YCbCr", "HSV")
+
+
+def _to_srgb(image: Any, icc: bytes) -> Any:
+    import io
+
+    from PIL import ImageCms
+
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError):  # a damaged profile, or one of another kind of pixels
+        return image.convert("RGB")
+
+
+def _read_tiff(path: Path, page: Any, count: int) -> Photo:
+    from PIL import Image
+
+    pixels, alpha = read_wide_tiff(path, page)
+    _check_finite(path, pixels)
+    tag = {name: page.tags[name].value for name in ("Orientation", "InterColorProfile") if name in page.tags}
+    turn = int(tag.get("Orientation", 1))
+    tags: dict[int, Any] = {}
+    dpi = None
+    try:
+        with Image.open(path) as image:
+            tags, dpi = exif_tags.take(image), image.info.get("dpi")
+    except Exception:  # Pillow does not know every TIFF that tifffile reads
+        tags = {exif_tags.ORIENTATION: turn}
+    notes = [f"only the first of its {count} images"] if count > 1 else []
+    upright = [None if a is None else np.ascontiguousarray(orient(a, turn)) for a in (pixels, alpha)]
+    assert upright[0] is not None
+    icc = tag.get("InterColorProfile")
+    return Photo(path, upright[0], upright[1], tags, icc and bytes(icc), _dpi(dpi, turn), notes)
+
+
+def _read_hdr(path: Path, head: bytes) -> Photo:
+    alpha = None
+    if path.suffix.lower() == ".exr":
+        for width, height, channel in _exr_header(path):
+            check_size(path, width, height)
+            alpha = channel
+    elif (size := re.search(rb"\n[-+]Y (\d+) \+X (\d+)\n", head)) is not None:
+        check_size(path, int(size[2]), int(size[1]))
+    pixels = read_image(path, None).permute(1, 2, 0).numpy()
+    _check_finite(path, pixels)
+    return Photo(path, pixels, alpha)
+
+
+def _exr_header(path: Path) -> Iterator[tuple[int, int, np.ndarray | None]]:
+    """(width, height, alpha (H, W, 1) or None), the first time from the header alone, then with alpha."""
+    try:
+        import OpenEXR
+    except ImportError:
+        return  # read_image says what to install
+    low, high = OpenEXR.File(str(path), header_only=True).header()["dataWindow"]
+    width, height = (int(b) - int(a) + 1 for a, b in zip(low, high, strict=True))
+    yield width, height, None
+    pixels = next((c.pixels for name, c in OpenEXR.File(str(path)).channels().items() if name == "RGBA"), None)
+    yield width, height, None if pixels is None else np.asarray(pixels, dtype=np.float32)[..., 3:].clip(0, 1)
+
+
+def _check_finite(path: Path, pixels: np.ndarray) -> None:
+    if pixels.dtype == np.float32 and not np.isfinite(pixels).all():
+        count = int((~np.isfinite(pixels)).any(-1).sum())
+        raise UserError(f"{path} has {count} pixels that are NaN or infinite")

@@ -1,0 +1,155 @@
+"""Checkpoints: a resumed training ends where an undisturbed one does, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from filtrun import runner
+from filtrun.bench_run import BenchRun
+from filtrun.callbacks import Ema, Log
+from filtrun.checkpoint import (
+    Checkpoints,
+    checkpoint_files,
+    drop_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    weights_sha256,
+)
+from filtrun.context import Run
+from filtrun.loggers import Loggers
+from filtrun.methods.baseline.full import Full
+from filtrun.trainer import Phase
+
+VIT = ["model=vit", "model.size=nano", "model.depth=1", "model.dropout=0.1"]
+
+
+class Counts(Full):
+    """Has a state, two phases, and a loss that depends on how often each hook was called."""
+
+    def __init__(self) -> None:
+        self.slug = "counts"  # type: ignore[misc]
+        self.calls = {"start_phase": 0, "after_step": 0, "after_epoch": 0}
+        self.mean = torch.zeros(10)
+
+    def phases(self, run: Run) -> list[Phase]:
+        return [Phase("one", 4), Phase("two", 6, lr=1e-2)]
+
+    def start_phase(self, run: Run) -> None:
+        self.calls["start_phase"] += 1
+
+    def loss(self, run: Run, batch: Any, loss: Tensor) -> Tensor:
+        return loss * (1 + 0.1 * sum(self.calls.values())) + 0 * self.mean.sum()
+
+    def after_step(self, run: Run) -> None:
+        self.calls["after_step"] += 1
+        self.mean += torch.randn(10)
+
+    def after_epoch(self, run: Run) -> None:
+        self.calls["after_epoch"] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls, "mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls, self.mean = state["calls"], state["mean"]
+
+
+class Stop(Exception):
+    pass
+
+
+class StopsAt(Full):
+    """A callback that ends the process, so to speak."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, run: Run) -> None:
+        if run.step == self.step:
+            raise Stop
+
+
+def train(bench: BenchRun, folder: Path, every: int, stop: int | None = None) -> tuple[Run, Counts, Ema]:
+    run = bench.fresh(edit=False, batch_size=400, schedule="cosine", warmup=2)  # three steps an epoch
+    method, ema = Counts(), Ema(0.9)
+    run.dir, run.methods = folder, [method]
+    run.callbacks = [Log(2, Loggers()), ema, *([StopsAt(stop)] if stop else []), Checkpoints(every)]
+    runner.edit(run)
+    runner.setup(run)
+    ema.start(run)
+    load_checkpoint(run)
+    runner.fit(run)
+    return run, method, ema
+
+
+@pytest.mark.parametrize(("every", "stop"), [(1, 1), (1, 4), (2, 7), (3, 4), (4, 5), (4, 9), (5, 10), (7, 3)])
+def test_a_stopped_training_goes_on_as_if_nothing_had_been(tmp_path: Path, every: int, stop: int) -> None:
+    """Stops in the middle of phases and epochs, at their ends (after 3, 4, 6, 9) and before any checkpoint."""
+    bench = BenchRun("full", VIT, tmp_path)
+    want, counted, averages = train(bench, tmp_path / "whole", 0)
+    with pytest.raises(Stop):
+        train(bench, tmp_path / "run", every, stop)
+    done = [int(f.name[5:14]) for f in checkpoint_files(tmp_path / "run")]
+    assert done == [s for s in range(every, stop, every)][-2:]
+    run, method, ema = train(bench, tmp_path / "run", every)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), want.model.parameters(), strict=True))
+    assert method.calls == counted.calls == {"start_phase": 2, "after_step": 10, "after_epoch": 5}
+    assert torch.equal(method.mean, counted.mean)
+    assert all(torch.equal(a, b) for a, b in zip(ema.average, averages.average, strict=True))
+    assert run.optimizer.param_groups[0]["lr"] == want.optimizer.param_groups[0]["lr"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    bench = BenchRun("full", VIT, tmp_path)
+    want, _, _ = train(bench, tmp_path / "whole", 0)
+    with pytest.raises(Stop):
+        train(bench, tmp_path / "run", 3, 8)
+    older, newer = checkpoint_files(tmp_path / "run")
+    newer.write_bytes(newer.read_bytes()[:-10])
+    run, method, _ = train(bench, tmp_path / "run", 3)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), want.model.parameters(), strict=True))
+    assert method.calls["after_step"] == 10
+
+
+def test_the_last_two_are_kept_and_a_finished_run_drops_them(tmp_path: Path) -> None:
+    bench = BenchRun("full", VIT, tmp_path)
+    train(bench, tmp_path / "run", 2)
+    assert [f.name for f in checkpoint_files(tmp_path / "run")] == [
+        "step-000000008.safetensors",
+        "step-000000010.safetensors",
+    ]
+    drop_checkpoints(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    drop_checkpoints(tmp_path / "run")  # nothing to drop is fine
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    run = BenchRun("full", VIT, tmp_path).fresh()
+    run.dir = tmp_path / "none"
+    assert load_checkpoint(run) is False and run.step == 0
+
+
+def test_half_written_checkpoints_are_not_seen(tmp_path: Path) -> None:
+    run = BenchRun("full", VIT, tmp_path).trained()
+    run.dir = tmp_path / "run"
+    save_checkpoint(run)
+    (run.dir / "checkpoints" / ".step-000000009.safetensors.77").write_bytes(b"half")
+    assert [f.name for f in checkpoint_files(run.dir)] == ["step-000000002.safetensors"]
+
+
+def test_the_hash_of_weights_sees_names_shapes_types_and_bits() -> None:
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
+    others = [
+        {"a": torch.zeros(3, 2), "b": torch.ones(1)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(1)},
+        {"a2": torch.zeros(2, 3), "b": torch.ones(1)},
+        {"a": -torch.zeros(2, 3), "b": torch.ones(1)},
+        {"a": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.ones(1)},
+    ]
+    assert len({weights_sha256(w) for w in [base, *others]}) == 6
+    assert weights_sha256({"b": torch.ones(1), "a": torch.zeros(3, 2).t()}) == weights_sha256(base)
