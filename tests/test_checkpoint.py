@@ -64,21 +64,25 @@ class Stop(Exception):
 
 
 class StopsAt(Full):
-    """A callback that ends the process, so to speak."""
+    """A callback that ends the process, so to speak, in one of the hooks of a step."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, hook: str = "after_step") -> None:
+        self.step, self.hook = step, hook
 
     def after_step(self, run: Run) -> None:
-        if run.step == self.step:
+        if run.step == self.step and self.hook == "after_step":
+            raise Stop
+
+    def after_epoch(self, run: Run) -> None:
+        if run.step == self.step and self.hook == "after_epoch":
             raise Stop
 
 
-def train(bench: BenchRun, folder: Path, every: int, stop: int | None = None) -> tuple[Run, Counts, Ema]:
+def train(bench: BenchRun, folder: Path, every: int, stop: StopsAt | None = None) -> tuple[Run, Counts, Ema]:
     run = bench.fresh(edit=False, batch_size=400, schedule="cosine", warmup=2)  # three steps an epoch
     method, ema = Counts(), Ema(0.9)
     run.dir, run.methods = folder, [method]
-    run.callbacks = [Log(2, Loggers()), ema, *([StopsAt(stop)] if stop else []), Checkpoints(every)]
+    run.callbacks = [Log(2, Loggers()), ema, *([stop] if stop else []), Checkpoints(every)]
     runner.edit(run)
     runner.setup(run)
     ema.start(run)
@@ -93,7 +97,7 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_been(tmp_path: Path, every
     bench = BenchRun("full", VIT, tmp_path)
     want, counted, averages = train(bench, tmp_path / "whole", 0)
     with pytest.raises(Stop):
-        train(bench, tmp_path / "run", every, stop)
+        train(bench, tmp_path / "run", every, StopsAt(stop))
     done = [int(f.name[5:14]) for f in checkpoint_files(tmp_path / "run")]
     assert done == [s for s in range(every, stop, every)][-2:]
     run, method, ema = train(bench, tmp_path / "run", every)
@@ -104,11 +108,22 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_been(tmp_path: Path, every
     assert run.optimizer.param_groups[0]["lr"] == want.optimizer.param_groups[0]["lr"]
 
 
+def test_a_checkpoint_never_lies_between_a_step_and_the_end_of_its_epoch(tmp_path: Path) -> None:
+    bench = BenchRun("full", VIT, tmp_path)
+    want, counted, _ = train(bench, tmp_path / "whole", 0)
+    with pytest.raises(Stop):
+        train(bench, tmp_path / "run", 1, StopsAt(6, "after_epoch"))
+    assert [int(f.name[5:14]) for f in checkpoint_files(tmp_path / "run")] == [4, 5]
+    run, method, _ = train(bench, tmp_path / "run", 1)
+    assert method.calls == counted.calls
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), want.model.parameters(), strict=True))
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     bench = BenchRun("full", VIT, tmp_path)
     want, _, _ = train(bench, tmp_path / "whole", 0)
     with pytest.raises(Stop):
-        train(bench, tmp_path / "run", 3, 8)
+        train(bench, tmp_path / "run", 3, StopsAt(8))
     older, newer = checkpoint_files(tmp_path / "run")
     newer.write_bytes(newer.read_bytes()[:-10])
     run, method, _ = train(bench, tmp_path / "run", 3)

@@ -160,6 +160,31 @@ def test_the_order_of_the_data_is_a_function_of_seed_and_epoch(tmp_path: Path) -
     assert seen(0, resumed=2) == batches[2:]  # the same from the middle of an epoch
 
 
+class Draws(Full):
+    """Owns the step and keeps what it drew."""
+
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
+    def own_step(self, run: Run, batch: Any) -> Tensor:  # type: ignore[override]
+        self.drawn.append(torch.rand(()).item())
+        return torch.zeros(())
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
+    bench = BenchRun("full", VIT, tmp_path)
+
+    def drawn(seed: int, resumed: int = 0) -> list[float]:
+        run, method = bench.fresh(edit=False, steps=5), Draws()
+        run.seed, run.step = seed, resumed
+        torch.manual_seed(resumed + 77)
+        fitted(run, method)
+        return method.drawn
+
+    assert len(set(drawn(0))) == 5 and drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0, resumed=3) == drawn(0)[3:]
+
+
 def test_epochs_are_as_many_steps(tmp_path: Path) -> None:
     bench = BenchRun("full", VIT, tmp_path)
     by_steps = bench.trained(steps=4, batch_size=400)

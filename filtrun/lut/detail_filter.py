@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from filtrun.lut.edges import canny, luma
 from filtrun.lut.local_laplacian import REFERENCES, remap, remap_classical
+from filtrun.lut.workers import for_pieces
 
 STRIP = 1 << 17
 """Pixels of a level that are handled at a time where no gradient is needed."""
@@ -121,13 +122,14 @@ class DetailFilter(nn.Module):
         The layers see one row to either side (their 3x3 convolution), so nothing changes.
         """
         out, (height, width) = torch.empty_like(detail), detail.shape[2:]
-        rows = max(16, STRIP // width)
-        for start in range(0, height, rows):
-            end = min(start + rows, height)
+
+        def strip(start: int, end: int) -> None:
             above, below = max(start - 1, 0), min(end + 1, height)
             parameters = layers(torch.cat([x[:, :, above:below] for x in inputs], dim=1))
             parameters = parameters[:, :, start - above : end - above]
             out[:, :, start:end] = self._remap(gaussian[:, :, start:end], detail[:, :, start:end], parameters)
+
+        for_pieces(strip, height, max(16, STRIP // width), parallel=not detail.is_cuda)
         return out
 
     def _remap(self, gaussian: Tensor, detail: Tensor, parameters: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ in the code of Zeng et al., "Learning Image-adaptive 3D Lookup Tables" (TPAMI 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from filtrun.errors import UserError, unknown
 from filtrun.lut.schemes import SCHEMES, Scheme
+from filtrun.lut.workers import for_pieces
 
 CHUNK = 1 << 15
-"""Pixels handled at a time and thread: the corner values of a chunk stay in the cache."""
+"""Pixels a thread handles at a time: the corner values of a chunk stay in the cache."""
 
 
 def identity_lut(size: int, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
@@ -115,47 +116,64 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, lut: Tensor, interpolation: str) -> Tensor:
         ctx.save_for_backward(image, lut)
         ctx.interpolation = interpolation
-        scheme, size = SCHEMES[interpolation], lut.shape[-1]
-        tables = _flat_tables(lut)
-        pixels = image.transpose(0, 1).reshape(3, -1)
+        scheme, cells = SCHEMES[interpolation], _Cells(image, lut)
+        tables, pixels = _flat_tables(lut), _flat_pixels(image)
         out = image.new_empty(len(tables), pixels.shape[1])
-        for start, end, index, fractions in _chunks(pixels, image, lut, scheme, size):
+
+        def look_up(start: int, end: int) -> None:
+            index, fractions = cells.corners(pixels, start, end, scheme)
             blend, flat = scheme.blend(fractions), index.view(-1)
             for table, row in zip(tables, out, strict=True):
                 row[start:end] = scheme.mix(table.index_select(0, flat).view(index.shape), blend)
+
+        for_pieces(look_up, pixels.shape[1], cells.step, parallel=not image.is_cuda)
         return out.view(len(tables), image.shape[0], *image.shape[2:]).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         image, lut = ctx.saved_tensors
-        scheme, size = SCHEMES[ctx.interpolation], lut.shape[-1]
+        scheme, cells = SCHEMES[ctx.interpolation], _Cells(image, lut)
         wants_image, wants_lut = ctx.needs_input_grad[:2]
-        tables = _flat_tables(lut)
-        pixels = image.transpose(0, 1).reshape(3, -1)
+        tables, pixels = _flat_tables(lut), _flat_pixels(image)
         upstream = grads[0].transpose(0, 1).reshape(len(tables), -1)
-        to_tables = torch.zeros_like(tables)
         to_pixels = torch.empty_like(pixels)
-        for start, end, index, fractions in _chunks(pixels, image, lut, scheme, size):
-            incoming, flat = upstream[:, start:end], index.view(-1)
-            if wants_image:
-                values = sum(  # the upstream gradient can be mixed in before the slopes are taken: they are linear
-                    (table.index_select(0, flat).view(index.shape) * grad)
-                    for table, grad in zip(tables, incoming, strict=True)
-                )
-                slopes = scheme.slopes(values, fractions)  # type: ignore[arg-type]
-                part = pixels[:, start:end]
-                to_pixels[:, start:end] = slopes.mul_(size - 1).mul_((part >= 0) & (part <= 1))
-            if wants_lut:
-                weights = scheme.weights(fractions)
-                for row, grad in zip(to_tables, incoming, strict=True):
-                    row.index_add_(0, flat, (weights * grad).view(-1))
+        count = pixels.shape[1]
+        # every thread adds up its own share of the table's gradient
+        share = count if image.is_cuda else max(cells.step, -(-count // torch.get_num_threads()))
+        to_tables = torch.zeros(-(-count // share), *tables.shape, dtype=lut.dtype, device=lut.device)
+
+        def spread(first: int, last: int) -> None:
+            for start in range(first, last, cells.step):
+                end = min(start + cells.step, last)
+                index, fractions = cells.corners(pixels, start, end, scheme)
+                incoming, flat = upstream[:, start:end], index.view(-1)
+                if wants_image:
+                    # slopes are linear in the values, so the upstream gradient can be mixed in before
+                    values = torch.zeros(index.shape, dtype=pixels.dtype, device=pixels.device)
+                    for table, grad in zip(tables, incoming, strict=True):
+                        values.addcmul_(table.index_select(0, flat).view(index.shape), grad)
+                    part = pixels[:, start:end]
+                    inside = (part >= 0) & (part <= 1)
+                    to_pixels[:, start:end] = scheme.slopes(values, fractions).mul_(cells.size - 1).mul_(inside)
+                if wants_lut:
+                    weights = scheme.weights(fractions)
+                    for row, grad in zip(to_tables[first // share], incoming, strict=True):
+                        row.index_add_(0, flat, (weights * grad).view(-1))
+
+        for_pieces(spread, count, share, parallel=not image.is_cuda)
         grad_image = to_pixels.view(3, image.shape[0], *image.shape[2:]).transpose(0, 1) if wants_image else None
         grad_lut = None
         if wants_lut:
-            grad_lut = to_tables.view(lut.shape if lut.dim() == 4 else lut.transpose(0, 1).shape)
+            total = to_tables.sum(dim=0)
+            grad_lut = total.view(lut.shape) if lut.dim() == 4 else total.view(-1, *lut.shape[:1], *lut.shape[2:])
             grad_lut = grad_lut if lut.dim() == 4 else grad_lut.transpose(0, 1)
         return grad_image, grad_lut, None
+
+
+def _flat_pixels(image: Tensor) -> Tensor:
+    """(3, N H W), without a copy for one image."""
+    return image.transpose(0, 1).reshape(3, -1)
 
 
 def _flat_tables(lut: Tensor) -> Tensor:
@@ -163,24 +181,24 @@ def _flat_tables(lut: Tensor) -> Tensor:
     return (lut if lut.dim() == 4 else lut.transpose(0, 1)).reshape(lut.shape[-4], -1)
 
 
-def _chunks(
-    pixels: Tensor, image: Tensor, lut: Tensor, scheme: Scheme, size: int
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yield (start, end, corner index (K, P) into the flat tables, fractions in the cell (3, P))."""
-    count = pixels.shape[1]
-    step = CHUNK * torch.get_num_threads() if not pixels.is_cuda else 1 << 22
-    own_tables = lut.dim() == 5 and lut.shape[0] > 1
-    area = image.shape[2] * image.shape[3]
-    kind = torch.int64 if lut.numel() >= 2**31 else torch.int32
-    for start in range(0, count, step):
-        end = min(start + step, count)
-        part = pixels[:, start:end]
-        place = part.clamp(0, 1).mul_(size - 1)
+class _Cells:
+    """Where the pixels of `image` lie in the table or tables `lut`."""
+
+    def __init__(self, image: Tensor, lut: Tensor):
+        self.size = lut.shape[-1]
+        self.step = CHUNK if not image.is_cuda else 1 << 22
+        self.own_tables = lut.dim() == 5 and lut.shape[0] > 1
+        self.area = image.shape[2] * image.shape[3]
+        self.kind = torch.int64 if lut.numel() >= 2**31 else torch.int32
+
+    def corners(self, pixels: Tensor, start: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """For pixels `start` to `end`: corner index (K, P) into the flat tables, fractions in the cell (3, P)."""
+        place = pixels[:, start:end].clamp(0, 1).mul_(self.size - 1)
         # NaN has no cell: the clamp of the integers keeps the index in bounds, and the fraction carries the NaN on
-        cell = place.to(torch.int32).clamp_(0, size - 2)
+        cell = place.to(torch.int32).clamp_(0, self.size - 2)
         fractions = place.sub_(cell)
-        first = (cell[2] * size + cell[1]).mul_(size).add_(cell[0]).to(kind)
-        if own_tables:
-            owner = torch.arange(start, end, device=pixels.device).div_(area, rounding_mode="floor")
-            first += (owner * size**3).to(kind)
-        yield start, end, scheme.corners(fractions, size) + first, fractions
+        first = (cell[2] * self.size + cell[1]).mul_(self.size).add_(cell[0]).to(self.kind)
+        if self.own_tables:
+            owner = torch.arange(start, end, device=pixels.device).div_(self.area, rounding_mode="floor")
+            first += (owner * self.size**3).to(self.kind)
+        return scheme.corners(fractions, self.size) + first, fractions

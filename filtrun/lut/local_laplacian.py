@@ -16,6 +16,7 @@ from torch import Tensor
 
 from filtrun.errors import UserError
 from filtrun.lut.pyramid import down, gaussian_pyramid, laplacian_pyramid, reconstruct, up
+from filtrun.lut.workers import for_pieces
 
 REFERENCES = 10
 ROWS = 1 << 18
@@ -47,11 +48,13 @@ def remap(gaussian: Tensor, detail: Tensor, fact: Tensor, sigma: Tensor, referen
         return _remap(gaussian, detail, fact, sigma, references)
     fact, sigma = (t.expand(t.shape[0], t.shape[1], *detail.shape[2:]) if t.dim() == 4 else t for t in (fact, sigma))
     out = torch.empty_like(detail)
+
+    def strip(start: int, end: int) -> None:
+        g, d, f, s = (t[:, :, start:end] if t.dim() == 4 else t for t in (gaussian, detail, fact, sigma))
+        out[:, :, start:end] = _remap(g, d, f, s, references)
+
     rows = max(1, ROWS // max(1, detail[:, :, 0].numel()))
-    for start in range(0, detail.shape[2], rows):
-        part = slice(start, start + rows)
-        g, d, f, s = (t[:, :, part] if t.dim() == 4 else t for t in (gaussian, detail, fact, sigma))
-        out[:, :, part] = _remap(g, d, f, s, references)
+    for_pieces(strip, detail.shape[2], rows, parallel=not detail.is_cuda)
     return out
 
 

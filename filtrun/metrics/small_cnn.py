@@ -47,32 +47,3 @@ class SmallCNN(nn.Module):
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-
-
-def train_small_cnn(
-    net: SmallCNN, images: Tensor, labels: Tensor, *, epochs: int = 8, batch_size: int = 64, lr: float = 4e-3,
-    weight_decay: float = 1e-2, seed: int = 0,
-) -> SmallCNN:  # fmt: skip
-    """Train in place with AdamW and a one-cycle rate; return the net in eval mode.
-
-    Args:
-        net: on the device of the data.
-        images: (N, C, H, W) in [0, 1]. labels: (N,) int64.
-        epochs, batch_size, lr (peak), weight_decay: recipe; the defaults fit digits in seconds.
-        seed: order of the batches, from an own generator.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    steps = epochs * max(1, len(images) // batch_size)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    net.train()
-    with torch.enable_grad():
-        for _ in range(epochs):
-            order = torch.randperm(len(images), generator=generator).to(images.device)
-            for rows in order[: max(1, len(order) // batch_size) * batch_size].split(batch_size):
-                loss = nn.functional.cross_entropy(net(images[rows]), labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    return net.eval()

@@ -27,8 +27,8 @@ class ESPCN(nn.Module):
         order: channel order of the last layer. torch: as nn.PixelShuffle, c r^2 + r (row % r) + column % r. paper:
             its eq. 4 with x along the columns, C r (column % r) + C (row % r) + c. Trained weights of one order
             do not fit the other; training from scratch is the same.
-        init: torch's default, or scaled (a widely used re-implementation's): normal weights of variance
-            2 / (outputs of a kernel), standard deviation 0.001 in the last layer, zero biases.
+        init: scaled (a widely used re-implementation's): normal weights of variance
+            2 / (outputs of a kernel), standard deviation 0.001 in the last layer, zero biases; or default (torch's).
 
     Raises:
         UserError: an unknown activation, order or init, or a scale below 1.
@@ -40,7 +40,7 @@ class ESPCN(nn.Module):
         in_channels: int = 1,
         activation: str = "tanh",
         order: str = "torch",
-        init: str = "default",
+        init: str = "scaled",
     ) -> None:
         super().__init__()
         for key, value, allowed in (

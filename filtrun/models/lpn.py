@@ -1,12 +1,12 @@
 """Learned proximal networks: a denoiser that is the gradient of a convex function, so the prior behind it can be read.
 
-Fang, Buchanan, Sulam, "What's in a Prior? Learned Proximal Networks for Inverse Problems", ICLR 2024 (arXiv 2310.14344);
-official code Sulam-Group/learned-proximal-networks (``lpn/networks/lpn_mnist.py``, ``lpn_128.py``). Layers carry the
-official names, so the released weights load.
+Fang, Buchanan, Sulam, "What's in a Prior? Learned Proximal Networks for Inverse Problems", ICLR 2024 (arXiv
+2310.14344); official code Sulam-Group/learned-proximal-networks (``lpn/networks/lpn_mnist.py``, ``lpn_128.py``). Layers
+carry the official names, so the released weights load.
 
-Where this differs from the official code, on purpose: the input is never changed (there ``requires_grad`` is switched on
-in place); images of other sizes than the network's are averaged over overlapping patches; the bias of the potential, a
-constant that no gradient reaches, is left out unless ``potential_bias=true`` asks for it.
+Where this differs from the official code, on purpose: the input is never changed (there ``requires_grad`` is switched
+on in place); images of other sizes than the network's are averaged over overlapping patches; the bias of the potential,
+a constant that no gradient reaches, is left out unless ``potential_bias=true`` asks for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,46 @@ FEATURES = 64
 """Width of the last hidden layer."""
 
 
-class LPN(nn.Module):
+class ConvexGradient(nn.Module):
+    """A network whose output is the gradient of a scalar `potential`, which is convex while some weights are not
+    negative."""
+
+    lin: nn.ModuleList
+
+    def potential(self, x: Tensor) -> Tensor:
+        """The convex function at x (N, ...): (N,)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset(self, mean: float = -10.0, std: float = 0.1) -> None:
+        """Start the weights that must not be negative at exp(N(mean, std^2)), the official way."""
+        for weight in self.convex_weights():
+            weight.normal_(mean, std).exp_()
+
+    def convex_weights(self) -> list[Tensor]:
+        """The weights that must stay non-negative for the potential to be convex."""
+        return [layer.weight for layer in self.lin[1:]]  # type: ignore[misc]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put negative ones of them to 0; to be called after every optimizer step."""
+        for weight in self.convex_weights():
+            weight.clamp_(min=0)
+
+    def prox(self, x: Tensor) -> Tensor:
+        """The gradient of the potential at x, which has the size the network is built for: same shape.
+
+        Differentiable where gradients are on; works under ``torch.no_grad`` too.
+        """
+        outer = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            at = x if outer and x.requires_grad else x.detach().clone().requires_grad_(True)
+            at = at.view_as(at)  # hooks of profilers cannot stand a leaf here
+            (gradient,) = torch.autograd.grad(self.potential(at).sum(), at, create_graph=outer)
+        return gradient
+
+
+class LPN(ConvexGradient):
     """``forward(x)`` = gradient of `potential` at x, a convex function once `project` has been called after each step.
 
     317,056 parameters for 1 x 28 x 28 (small); 7,235,712 for 3 x 128 x 128 (large), and the potential's bias.
@@ -86,22 +125,6 @@ class LPN(nn.Module):
         self.res = nn.ModuleList([*[conv(in_channels, s, True) for s in strides], from_image])
         self.reset()
 
-    @torch.no_grad()
-    def reset(self, mean: float = -10.0, std: float = 0.1) -> None:
-        """Start the weights that must not be negative at exp(N(mean, std^2)), the official way."""
-        for weight in self.convex_weights():
-            weight.normal_(mean, std).exp_()
-
-    def convex_weights(self) -> list[Tensor]:
-        """The weights that must stay non-negative for the potential to be convex."""
-        return [layer.weight for layer in self.lin[1:]]  # type: ignore[misc]
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Put negative ones of them to 0; to be called after every optimizer step."""
-        for weight in self.convex_weights():
-            weight.clamp_(min=0)
-
     def potential(self, x: Tensor) -> Tensor:
         """The convex function psi at x (N, C, side, side): (N,)."""
         z = self._act(self.lin[0](x))
@@ -113,18 +136,6 @@ class LPN(nn.Module):
         z = self._act(self.lin[-2](z) + self.res[-1](image))
         value: Tensor = self.lin[-1](z.flatten(1))
         return value[:, 0] + self.alpha * x.square().flatten(1).sum(1)
-
-    def prox(self, x: Tensor) -> Tensor:
-        """The gradient of the potential at images of the network's own size, (N, C, side, side) -> same.
-
-        Differentiable where gradients are on; works under ``torch.no_grad`` too.
-        """
-        outer = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
-            at = x if outer and x.requires_grad else x.detach().clone().requires_grad_(True)
-            at = at.view_as(at)  # hooks of profilers cannot stand a leaf here
-            (gradient,) = torch.autograd.grad(self.potential(at).sum(), at, create_graph=outer)
-        return gradient
 
     def forward(self, x: Tensor, patches: int = 64) -> Tensor:
         """Denoise x (N, C, H, W) of any size, in [0, 1].
@@ -155,7 +166,7 @@ class LPN(nn.Module):
         return F.interpolate(x, (side, side), mode="bilinear")
 
 
-class ScalarLPN(nn.Module):
+class ScalarLPN(ConvexGradient):
     """The one-dimensional network of the paper's Laplacian experiment: vectors (N, d) -> same, dense layers.
 
     Args:
@@ -174,13 +185,7 @@ class ScalarLPN(nn.Module):
         cores = [nn.Linear(hidden, hidden, bias=False) for _ in range(layers)]
         self.lin = nn.ModuleList([nn.Linear(features, hidden, bias=False), *cores, nn.Linear(hidden, 1, bias=False)])
         self.res = nn.ModuleList([*[nn.Linear(features, hidden) for _ in range(layers)], nn.Linear(features, 1)])
-        with torch.no_grad():
-            for weight in self.convex_weights():
-                weight.normal_(*start).exp_()
-
-    convex_weights = LPN.convex_weights
-    project = LPN.project
-    prox = LPN.prox
+        self.reset(*start)
 
     def potential(self, x: Tensor) -> Tensor:
         """The convex function at x (N, d): (N,)."""

@@ -97,7 +97,11 @@ def pnp_admm(
     z, dual, residuals = x.clone(), torch.zeros_like(x), []
     for _ in range(steps):
         x = conjugate_gradients(
-            lambda v: 2 * scale * adjoint(forward(v)) + rho * v, 2 * scale * back + rho * (z - dual), x, inner, tolerance
+            lambda v: 2 * scale * adjoint(forward(v)) + rho * v,
+            2 * scale * back + rho * (z - dual),
+            x,
+            inner,
+            tolerance,
         )
         dual = dual + x - z
         z = denoise(x + dual)

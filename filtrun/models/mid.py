@@ -16,7 +16,7 @@ from filtrun.errors import UserError
 
 
 class MaskedUNet(nn.Module):
-    """``forward(x, mask=None)`` for images of any size; 1,072,163 parameters with the defaults for RGB.
+    """``forward(x, mask=None)`` for images of any size; 436,931 parameters with the defaults for RGB.
 
     Args:
         in_channels: image channels C.

@@ -13,6 +13,8 @@ STRUCTURE = frozenset((
     532, 700, 33723, 34377, 34675,
 ))  # fmt: skip
 """Tags of a TIFF file that say how its pixels lie, and blocks that are no EXIF (XMP, IPTC, Photoshop, ICC)."""
+TEXTS = (270, 271, 272, 305, 306, 315, 33432)
+"""Description, maker, model, software, date, artist and copyright."""
 LIMIT = 65000
 """Bytes of EXIF a JPEG can hold, a little rounded down."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,46 +192,53 @@ def _read_tiff(path: Path, page: Any, count: int) -> Photo:
 
     pixels, alpha = read_wide_tiff(path, page)
     _check_finite(path, pixels)
-    tag = {name: page.tags[name].value for name in ("Orientation", "InterColorProfile") if name in page.tags}
-    turn = int(tag.get("Orientation", 1))
-    tags: dict[int, Any] = {}
-    dpi = None
+    tag = {t.code: t.value for t in page.tags}
+    turn, icc = int(tag.get(exif_tags.ORIENTATION, 1)), tag.get(34675)
+    notes = [f"only the first of its {count} images"] if count > 1 else []
     try:
         with Image.open(path) as image:
             tags, dpi = exif_tags.take(image), image.info.get("dpi")
     except Exception:  # Pillow does not know every TIFF that tifffile reads
-        tags = {exif_tags.ORIENTATION: turn}
-    notes = [f"only the first of its {count} images"] if count > 1 else []
+        tags = {code: value for code, value in tag.items() if code in exif_tags.TEXTS and isinstance(value, str)}
+        dpi = _tiff_dpi(tag)
+        notes += ["its Exif block is left out"] if exif_tags.SUB in tag else []
     upright = [None if a is None else np.ascontiguousarray(orient(a, turn)) for a in (pixels, alpha)]
     assert upright[0] is not None
-    icc = tag.get("InterColorProfile")
     return Photo(path, upright[0], upright[1], tags, icc and bytes(icc), _dpi(dpi, turn), notes)
+
+
+def _tiff_dpi(tag: dict[int, Any]) -> tuple[float, float] | None:
+    factor = {2: 1.0, 3: 2.54}.get(int(tag.get(296, 2)))
+    if factor is None or not all(isinstance(tag.get(code), tuple) and tag[code][1] for code in (282, 283)):
+        return None
+    across, down = (factor * tag[code][0] / tag[code][1] for code in (282, 283))
+    return across, down
 
 
 def _read_hdr(path: Path, head: bytes) -> Photo:
     alpha = None
     if path.suffix.lower() == ".exr":
-        for width, height, channel in _exr_header(path):
-            check_size(path, width, height)
-            alpha = channel
+        alpha = _exr_alpha(path)
     elif (size := re.search(rb"\n[-+]Y (\d+) \+X (\d+)\n", head)) is not None:
         check_size(path, int(size[2]), int(size[1]))
-    pixels = read_image(path, None).permute(1, 2, 0).numpy()
-    _check_finite(path, pixels)
+    pixels = read_image(path, None).permute(1, 2, 0).contiguous().numpy()
     return Photo(path, pixels, alpha)
 
 
-def _exr_header(path: Path) -> Iterator[tuple[int, int, np.ndarray | None]]:
-    """(width, height, alpha (H, W, 1) or None), the first time from the header alone, then with alpha."""
+def _exr_alpha(path: Path) -> np.ndarray | None:
+    """Alpha (H, W, 1) of an OpenEXR image that is not too large; None without one."""
     try:
         import OpenEXR
     except ImportError:
-        return  # read_image says what to install
+        return None  # read_image says what to install
     low, high = OpenEXR.File(str(path), header_only=True).header()["dataWindow"]
-    width, height = (int(b) - int(a) + 1 for a, b in zip(low, high, strict=True))
-    yield width, height, None
-    pixels = next((c.pixels for name, c in OpenEXR.File(str(path)).channels().items() if name == "RGBA"), None)
-    yield width, height, None if pixels is None else np.asarray(pixels, dtype=np.float32)[..., 3:].clip(0, 1)
+    check_size(path, int(high[0]) - int(low[0]) + 1, int(high[1]) - int(low[1]) + 1)
+    channels = OpenEXR.File(str(path)).channels()
+    name = next((n for n in ("RGBA", "A") if n in channels), None)
+    if name is None:
+        return None
+    values = np.asarray(channels[name].pixels, dtype=np.float32)
+    return np.nan_to_num(values[..., None] if values.ndim == 2 else values[..., 3:]).clip(0, 1)
 
 
 def _check_finite(path: Path, pixels: np.ndarray) -> None:

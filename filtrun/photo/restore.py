@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from filtrun.photo.read import Photo
 from filtrun.photo.write import quantise
 from filtrun.tasks.image_to_image import ImageToImage
 from filtrun.tasks.inpaint import Inpaint
-from filtrun.tiles import pad_to
+from filtrun.tiles import pad_to, tiled
 
 if TYPE_CHECKING:
     from filtrun.context import Run
 
 TINY = 64
 """Sides up to this may be too small for a network; it is then given that many pixels."""
+LONG = 1024
+"""Images with a longer side are enlarged in tiles: a bicubic matrix for all of a side would fill the memory."""
 
 
 def as_input(photo: Photo, *, display: bool) -> tuple[Tensor, float]:
@@ -115,7 +118,19 @@ def _model(run: Run, x: Tensor, mask: Tensor | None) -> Tensor:
         assert mask is not None
         made = task.masked(x, mask)
         return task.colours(made, task.restore(run, made)).clamp(0, 1).float()
+    if task.ratio > 1 and getattr(run.model, "tileable", True):
+        multiple = int(getattr(run.model, "multiple", 1))
+        return _enlarged(lambda piece: task.apply(run, piece), x, task.ratio, task.tile, task.overlap, multiple).float()
     return task.apply(run, x).float()
+
+
+def _enlarged(
+    network: Callable[[Tensor], Tensor], x: Tensor, ratio: int, tile: int = 512, overlap: int = 64, multiple: int = 1
+) -> Tensor:
+    """`network`, which makes images `ratio` times larger, on x (N, C, H, W); in tiles when a side is above `LONG`."""
+    if max(x.shape[-2:]) <= LONG:
+        return network(x)
+    return tiled(network, x, tile=tile, overlap=overlap, ratio=ratio, multiple=multiple)
 
 
 def as_output(
@@ -136,5 +151,5 @@ def as_output(
     alpha = torch.from_numpy(photo.alpha.astype(np.float32) / photo.peak).permute(2, 0, 1)[None]
     ratio = pixels.shape[0] // photo.size[0]
     if ratio > 1:
-        alpha = imresize(alpha, ratio, 1).clamp(0, 1)
+        alpha = _enlarged(lambda piece: imresize(piece, ratio, 1), alpha, ratio).clamp(0, 1)
     return pixels, quantise(alpha[0].permute(1, 2, 0).numpy(), kind)

@@ -91,9 +91,9 @@ def write_photo(
         path.parent.mkdir(parents=True, exist_ok=True)
         _encode(work, format, values, tags, block, icc, dpi, QUALITY if quality is None else quality)
         _publish(work, path, replace)
-    except FileExistsError as error:
-        raise UserError(f"{path} is there already") from error
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            raise UserError(f"{path} is there already") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFailure(f"{path} could not be written: {error.strerror}") from error
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error

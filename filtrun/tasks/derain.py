@@ -11,7 +11,8 @@ from torch import Tensor
 from filtrun.degrade.rain import add_rain, streaks
 from filtrun.errors import UserError
 from filtrun.options import opt
-from filtrun.tasks.image_to_image import ImageToImage, Pair, pair
+from filtrun.tasks.image_to_image import ImageToImage
+from filtrun.tasks.pair import Pair, pair
 
 
 @dataclass

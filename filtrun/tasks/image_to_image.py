@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from filtrun.context import mix_seed
 from filtrun.data.crops import CropTurn
-from filtrun.data.split import Batch
 from filtrun.errors import UserError, unknown
 from filtrun.losses import check_losses, model_terms, weighted
 from filtrun.metrics import image as quality
 from filtrun.options import opt
 from filtrun.task import Metric, Task
+from filtrun.tasks.pair import Pair, conditions, pair, result
 from filtrun.tiles import pad_to, tiled
 
 if TYPE_CHECKING:
     from filtrun.context import Run
-    from filtrun.data.base import Data
+    from filtrun.data.base import Batch, Data
     from filtrun.data.image_set import ImageData
 
 QUALITY = {
@@ -38,23 +36,6 @@ QUALITY = {
     "input_psnr": Metric("PSNR of the input", "higher", "what doing nothing gives, dB", ".2f"),
     "gain": Metric("gain", "higher", "PSNR above that of the input, dB", ".2f"),
 }
-
-
-@dataclass
-class Pair(Batch):
-    """What a restoration model is given and what it should give back.
-
-    Attributes:
-        x: input (N, C, H, W), as the model takes it.
-        y: target (N, C', r * H, r * W) in the model's colour space.
-        mask: (N, 1, H, W), 1 = hole, for inpainting.
-        sigma: (N,) standard deviation of the noise on the scale of x, for denoising.
-        colour: the input in RGB where the model sees its luma only.
-    """
-
-    mask: Tensor | None = None
-    sigma: Tensor | None = None
-    colour: Tensor | None = None
 
 
 @dataclass
@@ -135,6 +116,10 @@ class ImageToImage(Task):
                 f"task.crop={self.crop} needs tiles of {self.crop + 2 * self.margin} pixels; "
                 f"set data.patch to that or more (it is {data.patch})"
             )
+
+    def sizes(self, data: Data) -> dict[str, Any]:
+        """As for any task, with the side of a training input as the image size."""
+        return super().sizes(data) | {"image_size": (self.crop or data.image_size) // self.ratio}
 
     def augment(self, data: Data) -> CropTurn:
         side = self.crop + 2 * self.margin if self.crop else 0
@@ -348,29 +333,6 @@ class ImageToImage(Task):
     def training_key(self) -> dict[str, Any]:
         own = {f.name for f in fields(self)} - {f.name for f in fields(ImageToImage)}
         return super().training_key() | {name: getattr(self, name) for name in sorted(own)}
-
-
-def pair(x: Tensor, y: Tensor, **more: Tensor | None) -> Pair:
-    """A pair whose `index` is filled in later."""
-    return Pair(x, y, torch.zeros(0, dtype=torch.long), **more)
-
-
-def result(output: Any) -> Tensor:
-    """The image in what a model returns: the tensor itself, a tuple's last entry, a dict's "output"."""
-    if isinstance(output, dict):
-        return output["output"]
-    return output[-1] if isinstance(output, (tuple, list)) else output
-
-
-def conditions(model: nn.Module, made: Pair) -> list[str]:
-    """Which of `mask` and `sigma` the model's forward takes and the pair has."""
-    return [name for name in _accepted(type(model).forward) if getattr(made, name) is not None]
-
-
-@functools.cache
-def _accepted(forward: Callable[..., Any]) -> tuple[str, ...]:
-    accepted = inspect.signature(forward).parameters
-    return tuple(name for name in ("mask", "sigma") if name in accepted)
 
 
 def _centre(image: Tensor, side: int) -> Tensor:

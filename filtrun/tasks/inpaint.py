@@ -15,7 +15,8 @@ from filtrun.degrade.noise import uniform
 from filtrun.errors import UserError
 from filtrun.options import opt
 from filtrun.task import Metric
-from filtrun.tasks.image_to_image import QUALITY, ImageToImage, Pair, pair
+from filtrun.tasks.image_to_image import QUALITY, ImageToImage
+from filtrun.tasks.pair import Pair, pair
 
 if TYPE_CHECKING:
     from filtrun.data.base import Data

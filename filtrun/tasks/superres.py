@@ -12,7 +12,8 @@ from filtrun.degrade.bicubic import imresize, modcrop
 from filtrun.errors import UserError
 from filtrun.metrics.image import from_ycbcr, luma, round8, ycbcr
 from filtrun.options import opt
-from filtrun.tasks.image_to_image import ImageToImage, Pair, pair
+from filtrun.tasks.image_to_image import ImageToImage
+from filtrun.tasks.pair import Pair, pair
 
 if TYPE_CHECKING:
     from filtrun.data.base import Data

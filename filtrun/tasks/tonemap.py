@@ -13,7 +13,8 @@ from filtrun.degrade.noise import uniform
 from filtrun.errors import UserError
 from filtrun.metrics.image import round8
 from filtrun.options import opt
-from filtrun.tasks.image_to_image import ImageToImage, Pair, pair
+from filtrun.tasks.image_to_image import ImageToImage
+from filtrun.tasks.pair import Pair, pair
 
 
 @dataclass

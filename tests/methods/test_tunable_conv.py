@@ -1,4 +1,4 @@
-"""Tunable convolutions: against plain convolutions with the kernels mixed by hand, at every stride, group and padding."""
+"""Tunable convolutions: against plain ones with the kernels mixed by hand, at every stride, group and padding."""
 
 from __future__ import annotations
 

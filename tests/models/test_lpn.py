@@ -1,4 +1,4 @@
-"""Learned proximal networks: convexity, symmetry and monotonicity, published counts, the prior against its definition."""
+"""Learned proximal networks: convexity, symmetry, monotonicity, published counts, the prior by its definition."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from filtrun.data.pairs import Pairs
 from filtrun.errors import UserError
 from filtrun.metrics.image import psnr, round8
 from filtrun.tasks.denoise import Denoise
-from filtrun.tasks.image_to_image import ImageToImage, pair, result
+from filtrun.tasks.image_to_image import ImageToImage
+from filtrun.tasks.pair import pair, result
 from filtrun.tasks.tonemap import ToneMap
 
 

@@ -44,7 +44,7 @@ def test_bicubic_by_the_protocol_step_by_step(make_run: Any, data: ImagesFolder,
 
 def test_luma_model_measures_its_own_luma(make_run: Any, data: ImagesFolder) -> None:
     run = make_run(SuperRes(luma=True), data, Bicubic(3))
-    assert run.task.sizes(data) == {"num_classes": 1, "in_channels": 1, "image_size": 84, "scale": 3}
+    assert run.task.sizes(data) == {"num_classes": 1, "in_channels": 1, "image_size": 16, "scale": 3}
     with run.evaluating():
         found = run.task.evaluate(run)
     values = []

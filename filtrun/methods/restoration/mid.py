@@ -95,7 +95,7 @@ class MID(Method):
     masks: int = opt(4, "masks an output is averaged over in evaluation", low=1, source="our choice")
     sigma: float | None = opt(None, "first round: white noise of this standard deviation on the scale of 0 to 255; "
                               "null: estimated from the noisy images", low=0)  # fmt: skip
-    pool: int = opt(256, "noise patches kept, of the size of the training tiles", low=1)
+    pool: int = opt(64, "noise patches kept, of the size of the training tiles", low=1)
     noisy_share: float = opt(0.5, "share of the training images used as noisy ones", low=0.01, high=0.99)
     criterion: str = opt("l1", "distance to the clean image", choices=("l1", "l2"))
     same_mask: bool = opt(True, "take all channels of a pixel away together")
@@ -160,6 +160,9 @@ class MID(Method):
         self._shown = takes_mask(run.model)
         if self._shown and not self.same_mask and self.alpha:
             raise UserError("method.mid.same_mask=false needs a model that is not shown the mask; set same_mask=true")
+        noise = inspect.signature(type(run.model).forward).parameters.get("sigma")
+        if noise is not None and noise.default is noise.empty:
+            raise UserError("method=mid works on noise of unknown level, and this model has to be told sigma")
         split = run.train_split
         if split is None:
             return
@@ -214,8 +217,9 @@ class MID(Method):
         averaged = functools.partial(self._averaged, plain)
         object.__setattr__(run.model, "forward", averaged)
 
-    def _averaged(self, plain: Callable[..., Any], x: Tensor) -> Tensor:
-        return restore(plain, x, self.masks, self.alpha, self.same_mask, self._shown)
+    def _averaged(self, plain: Callable[..., Any], x: Tensor, **more: Any) -> Tensor:
+        more.pop("mask", None)
+        return restore(functools.partial(plain, **more), x, self.masks, self.alpha, self.same_mask, self._shown)
 
     def after_eval(self, run: Run) -> None:
         self._evaluating = False

@@ -189,8 +189,7 @@ class MisfGan(Method):
         if 0 < crop < SMALLEST:
             raise UserError(f"task.crop={crop} is too small for the discriminator; allowed is [{SMALLEST}, inf]")
         if self.official_gradients and run.trainer.precision == "16":
-            raise UserError("method.misf_gan.official_gradients=true needs trainer.precision=32 or bf16: half-precision "
-                            "gradients are scaled")  # fmt: skip
+            raise UserError("method.misf_gan.official_gradients=true needs trainer.precision=32 or bf16")
         self.attach(run.data.channels, run.device, run.trainer.lr)
 
     def own_step(self, run: Run, batch: Any) -> Tensor:  # type: ignore[override]

@@ -1,9 +1,9 @@
 """Tunable Convolutions with Parametric Multi-Loss Optimization (CVPR 2023, arXiv 2304.00898).
 
-Maggioni, Tanay, Babiloni, McDonagh, Leonardis; the authors' layer is mirrored in sybahk/tunable-convolution-pytorch, the
-training code is not public. Every convolution of a network becomes a bank of kernels, one for each objective; the knobs
-px mix the kernels in the forward pass and weigh the objectives in the loss, ``sum_p px_p L_p``, so one network offers a
-dial between the objectives at run time.
+Maggioni, Tanay, Babiloni, McDonagh, Leonardis; the authors' layer is mirrored in
+sybahk/tunable-convolution-pytorch, the training code is not public. Every convolution of a network becomes a bank of
+kernels, one for each objective; the knobs px mix the kernels in the forward pass and weigh the objectives in the loss,
+``sum_p px_p L_p``, so one network offers a dial between the objectives at run time.
 
 Where this differs from the released layer, on purpose:
 

@@ -1,8 +1,8 @@
 """Convolutions whose kernel is turned by knobs at run time, for any convolutional model.
 
-Maggioni, Tanay, Babiloni, McDonagh, Leonardis, "Tunable Convolutions with Parametric Multi-Loss Optimization", CVPR 2023
-(arXiv 2304.00898). A layer holds a bank of kernels K_p, one for each knob; the kernel it uses is ``sum_p a_p K_p`` with
-a = px, the knobs, or a = A px + c, a small linear layer of its own.
+Maggioni, Tanay, Babiloni, McDonagh, Leonardis, "Tunable Convolutions with Parametric Multi-Loss Optimization", CVPR
+2023 (arXiv 2304.00898). A layer holds a bank of kernels K_p, one for each knob; the kernel it uses is ``sum_p a_p K_p``
+with a = px, the knobs, or a = A px + c, a small linear layer of its own.
 
 >>> make_tunable(model, ["denoise", "keep"])  # doctest: +SKIP
 >>> set_knobs(model, {"denoise": 0.3})        # doctest: +SKIP
@@ -92,14 +92,12 @@ class TunableConv2d(nn.Module):
     `weight` is (W, out, in / groups, k, k), `bias` (W, out) or None.
     """
 
-    def __init__(
-        self, conv: nn.Conv2d, knobs: Knobs, mode: str = "mlp", expand: int = 1, start: str = "copy"
-    ) -> None:
+    def __init__(self, conv: nn.Conv2d, knobs: Knobs, mode: str = "mlp", expand: int = 1, start: str = "copy") -> None:
         super().__init__()
         count = len(knobs.names)
         self.size, self.plain = count * expand, (conv,)  # in a tuple, so that it is no part of this module
         self.shared = (knobs,)
-        like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        like: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         self.weight = nn.Parameter(conv.weight.detach().repeat(self.size, 1, 1, 1, 1))
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().repeat(self.size, 1))
         self.mixer = nn.Linear(count, self.size, **like) if mode == "mlp" or expand > 1 else None
