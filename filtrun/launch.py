@@ -33,6 +33,9 @@ def execute(
         UserError, RunFailure: after the reason was written into the record, where the folder is this run's.
     """
     folder = folder.absolute()
+    if isinstance(config.get("stages"), dict) and isinstance(config["stages"].get("root"), str):
+        root = Path(config["stages"]["root"]).expanduser().absolute()  # found again from any other folder
+        config = {**config, "stages": {**config["stages"], "root": str(root)}}
     lock = own(folder)
     record = Record(
         folder=folder, overrides=overrides, config=config, seed=config["seed"], data=choices.get("data", "")

@@ -68,14 +68,15 @@ def save_tree(path: Path, tree: Any, **metadata: str) -> None:
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(unshared, str(work), metadata={"filtrun": packed})
-        os.chmod(work, 0o666 & ~_umask())  # the library makes files that nobody else can read
+        os.chmod(work, 0o666 & ~umask())  # the library makes files that nobody else can read
         os.replace(work, path)
     except Exception as error:
         work.unlink(missing_ok=True)
         raise RunFailure(f"{path} could not be written: {error}") from error
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permission bits this process leaves out of the files it makes."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.errors import UserError
+from filtrun.pack import umask
 
 MANIFEST = "stage.json"
 FORMAT = 2
@@ -104,6 +105,7 @@ class Stages:
             files = {str(p.relative_to(work)): file_sha256(p) for p in sorted(work.rglob("*")) if p.is_file()}
             manifest = {"name": name, "parts": parts, "files": files}
             (work / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+            os.chmod(work, 0o777 & ~umask())  # a cache may be shared; temporary folders are private
             os.replace(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -26,10 +26,10 @@ def moved(run: Run, base: nn.Module) -> set[str]:
     return {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
 
 
-def one_step_by_hand(setting: BenchRun, names: set[str]) -> dict[str, torch.Tensor]:
-    """Plain gradient descent on the first batch, computed with torch alone."""
+def one_step_by_hand(setting: BenchRun, names: set[str], frozen: bool = False) -> dict[str, torch.Tensor]:
+    """Plain gradient descent on the first batch, computed with torch alone; `frozen` features are those of the base."""
     run = setting.fresh(edit=False)
-    model = run.model.train()
+    model = run.model.train(not frozen)
     batch = next(iter(run.batches(0, skip=0)))
     mean, std = normalizer(run)
     F.cross_entropy(model((batch.x - mean) / std), batch.y).backward()
@@ -42,8 +42,10 @@ def test_linear_probe_moves_the_head_by_its_gradient(tmp_path: Path, model: list
     run = setting.trained(**SGD)
     head = {n for n in run.weights if n.startswith(("head.", "linear.", "fc."))}
     assert len(head) == 2 and moved(run, setting.base) == head
-    want = one_step_by_hand(setting, head)
+    want = one_step_by_hand(setting, head, frozen=True)
     assert all(torch.allclose(p, want[n], atol=1e-6) for n, p in run.model.named_parameters())
+    statistics = dict(setting.base.named_buffers())
+    assert all(torch.equal(b, statistics[n]) for n, b in run.model.named_buffers())
 
 
 def test_linear_probe_refuses_a_denoiser(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class ProximalMatching(Method):
     lr: float = opt(1e-4, "learning rate of matching", low=0, source="train.py")
 
     trains: ClassVar = "all"
-    tasks: ClassVar = ("denoise", "derain", "deblur")
+    tasks: ClassVar = ("denoise", "derain")
     paper: ClassVar[str] = "Learned Proximal Networks, arXiv 2310.14344 (ICLR 2024)"
 
     def __post_init__(self) -> None:

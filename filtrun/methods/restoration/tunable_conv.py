@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from filtrun.errors import UserError, unknown
 from filtrun.losses import LOSSES
 from filtrun.method import Method
-from filtrun.methods.restoration.tunable_layers import Knobs, bake, knobs_of, make_tunable, set_knobs
+from filtrun.methods.restoration.tunable_layers import Knobs, TunableConv2d, bake, knobs_of, make_tunable, set_knobs
 from filtrun.options import check_options, opt
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TunableConv(Method):
     )
 
     trains: ClassVar = "all"
-    tasks: ClassVar = ("denoise", "derain", "deblur", "superres", "inpaint", "tonemap")
+    tasks: ClassVar = ("denoise", "derain", "superres", "inpaint", "tonemap")
     paper: ClassVar[str] = "Tunable Convolutions, arXiv 2304.00898 (CVPR 2023)"
 
     def __post_init__(self) -> None:
@@ -154,6 +154,8 @@ class TunableConv(Method):
     # -- hooks -----------------------------------------------------------------------------------------------------
     def edit_model(self, run: Run) -> None:
         self.attach(run.model)
+        layers = [m for m in run.model.modules() if isinstance(m, TunableConv2d)]
+        run.claim(self, [p for layer in layers for p in layer.plain[0].parameters()])  # what `bake` writes to
 
     def loss(self, run: Run, batch: Any, loss: Tensor) -> Tensor:
         from filtrun.tasks.image_to_image import result
