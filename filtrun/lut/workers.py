@@ -15,18 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+_own = threading.local()
+
 
 def for_pieces(work: Callable[[int, int], None], count: int, step: int, parallel: bool = True) -> None:
     """Call ``work(start, end)`` for pieces of `step` that cover 0 .. `count`, on ``torch.get_num_threads()`` threads.
 
-    `work` runs without autograd; it must write its results itself. Its errors are raised here.
+    `work` runs without autograd; it must write its results itself. Its errors are raised here. Called from within
+    `work`, this runs in the same thread.
 
     Args:
         parallel: False runs the pieces one after the other in this thread (tensors on a GPU).
     """
     pieces = [(start, min(start + step, count)) for start in range(0, count, step)]
     threads = torch.get_num_threads()
-    if not parallel or threads == 1 or len(pieces) < 2:
+    if not parallel or threads == 1 or len(pieces) < 2 or getattr(_own, "busy", False):
         with torch.no_grad():
             for start, end in pieces:
                 work(start, end)
@@ -47,6 +50,8 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     started = threading.Barrier(threads + 1)
 
     def start() -> None:
+        _own.busy = True
+        torch.get_num_threads()  # makes torch set this thread up, which would undo the next line later
         torch.set_num_threads(1)
         started.wait()
 

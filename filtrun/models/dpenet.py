@@ -1,4 +1,4 @@
-"""DPENet: From heavy rain removal to detail restoration: A faster and better network (Pattern Recognition 2023).
+"""DPENet: From heavy rain removal to detail restoration: A faster and better network (Pattern Recognition 2024).
 
 arXiv 2205.03553; official code chdwyb/DPENet (``NetModel.py``, ``loss.py``). A first network of dilated dense residual
 blocks takes the streaks away, a second one of pixel-attention blocks brings detail back; both outputs are supervised
