@@ -1,4 +1,4 @@
-"""Tiny experiments on the embedded digits, built anew as often as the conformance suite needs them."""
+"""Tiny experiments on the embedded digits and photographs, built anew as often as the conformance suite needs them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ SETTINGS: dict[str, dict[str, list[str]]] = {
     "classify": {"vit": ["model.size=nano", "model.depth=2"], "resnet20": ["model.width=4"]},
 }
 """Task -> model -> what makes it tiny; each task's first one has no batch norm."""
+
+_PHOTOS = ["data=photos", "task.crop=32", "task.eval_images=1"]
+IMAGE_SETTINGS: dict[str, list[str]] = {
+    "mid": ["task=denoise", *_PHOTOS, "model.width=8", "model.levels=2"],
+    "lpn": ["task=denoise", *_PHOTOS],
+    "misf": ["task=inpaint", *_PHOTOS, "model.width=8", "model.blocks=1"],
+}
+"""Model -> what makes it tiny, for methods of image-to-image tasks; such a method is tried on the model it picks."""
 
 TRAINER: dict[str, Any] = {
     "steps": 2, "epochs": None, "batch_size": 16, "accumulate": 1, "lr": 5e-3, "weight_decay": 0.0, "warmup": 0,
@@ -75,7 +83,9 @@ class BenchRun:
 
         self.method, self.folder = method, folder
         slug = method if isinstance(method, str) else "none"
-        words = [f"method={slug}", "data=digits", "logger=none", "device=cpu", f"stages.root={folder / 'stages'}"]
+        words = [f"method={slug}", "logger=none", "device=cpu", f"stages.root={folder / 'stages'}"]
+        if not any(word.startswith("data=") for word in overrides):
+            words.append("data=digits")
         self.config, self.choices, _ = compose(*words, *overrides, config_dir=config_dir)
         self.config["trainer"] |= TRAINER
         self.config["model"] |= {"base": "scratch", "checkpoint": None}

@@ -20,7 +20,7 @@ import torch
 
 from filtrun import conformance_checks as checks
 from filtrun import runner
-from filtrun.bench_run import SETTINGS, BenchRun
+from filtrun.bench_run import IMAGE_SETTINGS, SETTINGS, BenchRun
 from filtrun.conformance_checks import Failed, Skip
 from filtrun.errors import UserError
 from filtrun.method import Method
@@ -80,7 +80,7 @@ def conform(
 def _suite(
     method: str | Callable[[], Method], overrides: list[str], folder: Path, ddp: bool, config_dir: Path | None
 ) -> Iterator[Check]:
-    made, node, trust, kinds = _described(method, overrides, config_dir)
+    made, node, trust, kinds, picked = _described(method, overrides, config_dir)
     yield _result("names its source", "", checks.names_its_source, made)
     yield _result("refuses bad options", "", checks.refuses_bad_options, made, node, trust)
     if any(word.startswith(("model=", "task=")) for word in overrides):
@@ -88,8 +88,12 @@ def _suite(
     else:
         known = [kind for kind in kinds if kind in SETTINGS]
         settings = [[f"model={name}", *tiny, *overrides] for kind in known for name, tiny in SETTINGS[kind].items()]
+        if not known and "denoise" in kinds and picked not in IMAGE_SETTINGS:
+            picked = "mid"
+        if not known and picked in IMAGE_SETTINGS:
+            settings = [[f"model={picked}", *IMAGE_SETTINGS[picked], *overrides]]
         for kind in kinds:
-            if kind not in SETTINGS:
+            if kind not in SETTINGS and not settings:
                 yield Check("composes", kind, "skipped", f"no tiny setting for task={kind}; name one with model=")
     twice = not ddp
     for words in settings:
@@ -111,23 +115,23 @@ def _suite(
 
 def _described(
     method: str | Callable[[], Method], overrides: list[str], config_dir: Path | None
-) -> tuple[Method, dict[str, Any], list[str], list[str]]:
-    """One instance, its config node, the trusted packages and the tasks it names."""
+) -> tuple[Method, dict[str, Any], list[str], list[str], str]:
+    """One instance, its config node, the trusted packages, the tasks it names and the model it picks."""
     if not isinstance(method, str):
         made: Any = method()
         kind = type(made)
         made.slug = made.slug or kind.__name__.lower()
         node = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
-        return made, node, [kind.__module__.split(".")[0]], list(made.tasks or SETTINGS)
+        return made, node, [kind.__module__.split(".")[0]], list(made.tasks or SETTINGS), ""
     from filtrun.api import compose
     from filtrun.plan import make_methods
 
-    config, _, _ = compose(f"method={method}", *overrides, config_dir=config_dir)
+    config, choices, _ = compose(f"method={method}", *overrides, config_dir=config_dir)
     trust = list(config.get("trust") or [])
     nodes = config["method"]
     made = make_methods(nodes, trust)[0]
     tasks = (nodes[made.slug].get("needs") or {}).get("tasks") or made.tasks or SETTINGS
-    return made, dict(nodes[made.slug]), trust, list(tasks)
+    return made, dict(nodes[made.slug]), trust, list(tasks), choices.get("model", "")
 
 
 def _result(name: str, setting: str, check: Callable[..., None], *arguments: Any) -> Check:

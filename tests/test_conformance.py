@@ -31,7 +31,8 @@ def failed(method: str | Callable[[], Method], *overrides: str, **options: Any) 
 def test_every_method_conforms(method: str) -> None:
     checks = conform(method, ddp=False)
     assert [c for c in checks if c.status == "failed"] == []
-    assert sum(c.status == "passed" for c in checks) >= 15
+    settings = {c.setting for c in checks if c.setting}
+    assert sum(c.status == "passed" for c in checks) >= (15 if len(settings) > 1 else 8), checks
 
 
 @dataclass
