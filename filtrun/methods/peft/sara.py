@@ -229,10 +229,14 @@ class SaRA(Method):
             self._quirk = self.official_sign_quirk
         return reset
 
+    def low_rank_entries(self) -> list[ScatterEntries]:
+        """The matrices the low-rank term may act on: 2-D, both sides above `rank_min_dim`."""
+        return [e for e in self.entries if e.dense.ndim == 2 and min(e.dense.shape) > self.rank_min_dim]
+
     @torch.no_grad()
     def add_low_rank_gradient(self, seed: int) -> None:
         """Add lambda U V^T of a random matrix's chosen entries to their gradient (step 3 of the official update)."""
-        eligible = [e for e in self.entries if e.dense.ndim == 2 and min(e.dense.shape) > self.rank_min_dim]
+        eligible = self.low_rank_entries()
         order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(seed)).tolist()
         for i in order[: self.rank_layers_per_step]:
             entry, mask = eligible[i], eligible[i].mask()
@@ -286,4 +290,5 @@ class SaRA(Method):
             "selected_weights": self.trainable,
             "selected_share": self.trainable / self.total,
             "trained_after_reselection": active,
+            "low_rank_matrices": len(self.low_rank_entries()) if self.lambda_rank else 0,
         }
