@@ -1,9 +1,10 @@
-"""Photographic adjustments with a known inverse: exposure, gamma, contrast."""
+"""Photographic adjustments: exposure, gamma and contrast, which can be undone, and weaker detail."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def to_linear(x: Tensor) -> Tensor:
@@ -32,3 +33,22 @@ def restore(x: Tensor, stops: Tensor, gamma: Tensor, contrast: Tensor) -> Tensor
     stops, gamma, contrast = (t.view(-1, 1, 1, 1) for t in (stops, gamma, contrast))
     x = ((x - 0.5) / contrast + 0.5).clamp(min=0) ** (1 / gamma)
     return to_srgb(to_linear(x) / 2**stops)
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of images (N, C, H, W), `sigma` in pixels, three sigma wide; edges are repeated."""
+    reach = max(1, round(3 * sigma))
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / sigma) ** 2)
+    taps = (taps / taps.sum()).expand(x.shape[1], 1, -1)
+    x = F.conv2d(F.pad(x, (reach, reach, 0, 0), mode="replicate"), taps[:, :, None], groups=x.shape[1])
+    return F.conv2d(F.pad(x, (0, 0, reach, reach), mode="replicate"), taps[..., None], groups=x.shape[1])
+
+
+def scale_detail(x: Tensor, factor: Tensor, sigma: float) -> Tensor:
+    """Blurred image plus `factor` (N,) times what the blur took away, clipped to [0, 1]; no curve of values does this.
+
+    What it does to a pixel depends on the pixels around it, so that a table of colours cannot undo it and a local
+    filter can.
+    """
+    base = blur(x, sigma)
+    return (base + factor.view(-1, 1, 1, 1) * (x - base)).clamp(0, 1)

@@ -30,6 +30,15 @@ def gaussian(x: Tensor, sigma: Tensor, generator: torch.Generator | None = None)
     return x + sigma.view(-1, 1, 1, 1) * randn_like(x, generator)
 
 
+def row_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
+    """x plus one draw of N(0, sigma^2) for each row of each channel, as read-out electronics leave it.
+
+    The noise of neighbouring pixels in a row is the same, so a network that sees them can copy it: white noise is no
+    good model of it.
+    """
+    return x + sigma * randn_like(x[..., :1], generator)
+
+
 def poisson_gaussian(x: Tensor, peak: float, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Photon and read noise: Poisson(peak * x) / peak + sigma * n; its variance is x / peak + sigma^2.
 

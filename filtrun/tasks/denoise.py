@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from filtrun.context import mix_seed
-from filtrun.degrade.noise import gaussian, poisson_gaussian, uniform
+from filtrun.degrade.noise import gaussian, poisson_gaussian, row_noise, uniform
 from filtrun.errors import UserError
 from filtrun.options import opt
 from filtrun.task import Metric
@@ -31,6 +31,10 @@ class Denoise(ImageToImage):
     levels: list[float] = opt([], "further noise levels of the test; empty: sigma alone")
     noise: str = opt("gaussian", "kind of noise", choices=("gaussian", "poisson_gaussian"))
     peak: float = opt(255.0, "photons at white, for poisson_gaussian", low=1)
+
+    rows: float = opt(
+        0.0, "standard deviation of noise that the pixels of a row share, on the scale of 0 to 255", low=0
+    )
 
     kind: ClassVar[str] = "denoise"
 
@@ -55,6 +59,8 @@ class Denoise(ImageToImage):
             x = gaussian(clean, sigma, generator)
         else:
             x = poisson_gaussian(clean, self.peak, sigma, generator)
+        if self.rows:
+            x = row_noise(x, self.rows / 255, generator)
         return pair(x, clean, sigma=sigma)
 
     def degrade(self, clean: Tensor, generator: torch.Generator | None) -> Pair:
@@ -76,5 +82,6 @@ class Denoise(ImageToImage):
     def protocol(self) -> dict[str, Any]:
         levels = ", ".join(f"{level:g}" for level in self.levels or [self.sigma])
         kind = "Gaussian" if self.noise == "gaussian" else f"Poisson ({self.peak:g} photons at white) and Gaussian"
+        kind += f" and row noise of {self.rows:g}" if self.rows else ""
         trained = f"drawn from {self.blind}" if self.blind else f"{self.sigma:g}"
         return {"noise": f"{kind}, not clipped", "sigma": f"{levels} of 255 (training: {trained})"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from filtrun.degrade.noise import gaussian, poisson_gaussian, rand, uniform
+from filtrun.degrade.noise import gaussian, poisson_gaussian, rand, row_noise, uniform
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -28,6 +28,14 @@ def test_poisson_gaussian_variance() -> None:
     assert abs(noisy.var() - (0.5 / 50 + 0.05**2)) < 2e-4
     counts = poisson_gaussian(x, 50.0, torch.zeros(1), seeded()) * 50
     torch.testing.assert_close(counts, counts.round())
+
+
+def test_row_noise_is_shared_along_a_row() -> None:
+    x = torch.rand(2, 3, 400, 16, generator=seeded())
+    added = row_noise(x, 0.1, seeded(1)) - x
+    torch.testing.assert_close(added, added[..., :1].expand_as(added), atol=1e-6, rtol=0)
+    assert abs(added[..., 0].std() - 0.1) < 6e-3
+    assert (added[0, 0, :, 0] - added[0, 1, :, 0]).abs().mean() > 0.05  # each channel has its own
 
 
 def test_global_generator_is_used_without_one_given() -> None:

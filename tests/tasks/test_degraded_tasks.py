@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from filtrun.data.images_folder import ImagesFolder
 from filtrun.data.pairs import Pairs
-from filtrun.degrade.exposure import restore
+from filtrun.degrade.exposure import blur, restore
 from filtrun.degrade.masks import MaskFiles
 from filtrun.errors import UserError
 from filtrun.metrics.image import luma, psnr, round8
@@ -99,6 +99,15 @@ def test_poisson_noise_grows_with_light() -> None:
     clean = torch.tensor([0.1, 0.9]).view(2, 1, 1, 1).expand(2, 1, 64, 64)
     made = task.degrade(clean, torch.Generator().manual_seed(0))
     torch.testing.assert_close(made.x.flatten(1).var(1), torch.tensor([0.1 / 30, 0.9 / 30]), rtol=0.1, atol=0)
+
+
+def test_row_noise_is_added_to_the_other_noise() -> None:
+    clean = torch.full((1, 3, 64, 64), 0.5)
+    alone = Denoise(sigma=0, rows=20).degrade(clean, torch.Generator().manual_seed(0))
+    assert alone.x.var(-1).max() < 1e-12 and abs(alone.x.std() - 20 / 255) < 0.012
+    both = Denoise(sigma=10, rows=20)
+    assert "row noise of 20" in both.protocol()["noise"]
+    assert abs(both.degrade(clean, torch.Generator().manual_seed(0)).x.std() - 500**0.5 / 255) < 0.012
 
 
 # ---- derain
@@ -214,6 +223,19 @@ def test_operator_is_drawn_for_each_image(data: ImagesFolder) -> None:
     made = ToneMap().degrade(clean, None)
     levels = made.x[:, 0, 0, 0]
     assert len(levels.unique()) > 10 and torch.equal(made.x, round8(made.x)) and torch.equal(made.y, clean)
+
+
+def test_weaker_detail_is_not_a_curve(data: ImagesFolder) -> None:
+    plain = {"exposure": [0, 0], "gamma": [1, 1], "contrast": [1, 1], "round_input": False}
+    clean = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = ToneMap(detail=[0.5, 0.5], detail_sigma=2.0, **plain).degrade(clean, None)
+    base = blur(clean, 2.0)
+    torch.testing.assert_close(made.x, base + 0.5 * (clean - base), atol=2e-3, rtol=0)  # sRGB's two branches
+    assert "detail [0.5, 0.5] at 2 pixels" in ToneMap(detail=[0.5, 0.5], detail_sigma=2.0).protocol()["operator"]
+    untouched = ToneMap(**plain).degrade(clean, None)
+    torch.testing.assert_close(untouched.x, clean, atol=2e-3, rtol=0)
+    with pytest.raises(UserError, match=r"task.detail=\[2, 1\] must be"):
+        ToneMap(detail=[2, 1])
 
 
 def test_yaml_files_equal_the_defaults() -> None:
