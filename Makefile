@@ -34,3 +34,4 @@ bench: .venv/.extras
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.loop_overhead
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.lut

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from filtrun.lut.interpolation import apply_lut, identity_lut
+from filtrun.models.adaint import AdaInt
 from filtrun.models.llf_lut import LLFLUT
 from filtrun.models.lut3d import LUT3D
+from filtrun.models.seplut import SepLUT
 
 
 def plain_grid_sample(image: torch.Tensor, lut: torch.Tensor) -> torch.Tensor:
@@ -67,11 +69,14 @@ def main() -> int:
     image = photograph(width, height, device)
     lut = identity_lut(33, device=device) + 0.05 * torch.rand(3, 33, 33, 33, device=device)
 
+    vertices = F.pad(torch.randn(3, 32, device=device).softmax(-1).cumsum(-1), (1, 0))
+
     ways: dict[str, Callable[[], object]] = {
         "copy": lambda: image.clone(),
         "grid_sample": lambda: plain_grid_sample(image, lut),
         "apply_lut trilinear": lambda: apply_lut(image, lut),
         "apply_lut tetrahedral": lambda: apply_lut(image, lut, "tetrahedral"),
+        "apply_lut at vertices": lambda: apply_lut(image, lut, vertices=vertices),
     }
     for work in ways.values():  # warm-up
         work()
@@ -86,9 +91,14 @@ def main() -> int:
     print(f"largest difference from grid_sample: {gap:.1e}")
 
     levels = 6 if min(width, height) > 1000 else 3
-    models = {"lut3d": LUT3D().eval().to(device), f"llf_lut, {levels} levels": LLFLUT(levels=levels).eval().to(device)}
+    models = {
+        "lut3d": LUT3D(),
+        "adaint": AdaInt(),
+        "seplut": SepLUT(),
+        f"llf_lut, {levels} levels": LLFLUT(levels=levels),
+    }
     for name, model in models.items():
-        model(image)
+        model.eval().to(device)(image)
         spent = [seconds(lambda m=model: m(image), device) for _ in range(min(3, arguments.rounds))]  # type: ignore[misc]
         print(f"{name:24s} {statistics.median(spent) * 1e3:9.1f} ms a frame")
     return 0

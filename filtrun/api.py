@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from filtrun.record import Record
 
 
-def cell_name(overrides: str) -> str:
-    """The folder of a sweep's cell: a digest of its overrides, so that the same command finds it again."""
-    from filtrun.stages import digest
+def cell_name(*, _root_: Any) -> str:
+    """The folder of a sweep's cell: a digest of what it computes, so that the same cell is found again."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    return digest(sorted(overrides.split(",")))
+    from filtrun.cells import cell_digest
+
+    keys = [str(key) for key in _root_ if key != "hydra"]
+    try:
+        values = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys), resolve=True)
+    except OmegaConfBaseException:  # told in full when the cell is composed
+        values = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys))
+    return cell_digest(values)  # type: ignore[arg-type]
 
 
 def register_resolvers() -> None:
@@ -72,6 +80,13 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> tuple[dict
 
     Returns (configuration, option of each group, run folder). Raises UserError for a key or option that does not exist.
     """
+    composed = composed_by_hydra(overrides, [] if config_dir is None else [config_dir])
+    folder = Path(str(composed.hydra.run.dir))
+    return *plain(composed), folder
+
+
+def composed_by_hydra(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Any:
+    """The configuration with its interpolations and its ``hydra`` node. Raises UserError as `compose` does."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -80,13 +95,12 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> tuple[dict
 
     register_resolvers()
     expanded = with_default_model(overrides)
-    if config_dir is not None:
-        expanded.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
+    if config_dirs:
+        places = ",".join(f"file://{Path(folder).absolute()}" for folder in config_dirs)
+        expanded.append(f"hydra.searchpath=[{places}]")
     GlobalHydra.instance().clear()
     with translated(expanded), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = hydra_compose("config", expanded, return_hydra_config=True)
-    folder = Path(str(composed.hydra.run.dir))
-    return *plain(composed), folder
+        return hydra_compose("config", expanded, return_hydra_config=True)
 
 
 def run(*overrides: str, config_dir: str | Path | None = None, quiet: bool = True) -> Record:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,12 +20,10 @@ def base_model(plan: Plan, run: Run) -> tuple[nn.Module, str]:
     """The model a run starts from, on its device, and the SHA-256 of its weights."""
     normalize = plan.config["model"].get("normalize", "data")
     if plan.base == "pretrain":
-        from filtrun.build import RESERVED
-
-        options = {k: v for k, v in plan.config["model"].items() if k not in RESERVED or k == "_target_"}
         model, _ = train_stage(
-            run, "pretrain", plan.make_model, parts={"model": options}, task=plan.task, trainer=plan.pretrain,
-            which="source", seed=plan.config["pretrain"].get("seed", 0), normalize=normalize,
+            run, "pretrain", plan.make_model, parts={"model": _model_options(plan.config)},
+            task=plan.task.pretraining(), trainer=plan.pretrain, which=plan.config["pretrain"].get("classes", "source"),
+            seed=plan.config["pretrain"].get("seed", 0), normalize=normalize,
         )  # fmt: skip
         return model, weights_sha256(model)
     seed_generators(plan.config["seed"], run.device)
@@ -35,6 +35,22 @@ def base_model(plan: Plan, run: Run) -> tuple[nn.Module, str]:
     return model.to(run.device), weights_sha256(model)
 
 
+def _model_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration says of the model itself, without where its weights come from."""
+    from filtrun.build import RESERVED
+
+    return {k: v for k, v in config.get("model", {}).items() if k not in RESERVED or k == "_target_"}
+
+
+def _notes(run: Run) -> dict[str, Any]:
+    """How the base itself is measured: without the run's methods."""
+    methods, run.methods = run.methods, []
+    try:
+        return run.task.notes(run)
+    finally:
+        run.methods = methods
+
+
 def evaluate_base(run: Run, base_sha256: str) -> dict[str, float]:
     """Metrics of the unchanged base, measured once for all runs that share it (a stage)."""
     import dataclasses
@@ -43,23 +59,19 @@ def evaluate_base(run: Run, base_sha256: str) -> dict[str, float]:
 
     parts = {
         "base": base_sha256,
+        "model": _model_options(run.config),  # the same weights can compute something else
         "task": dataclasses.asdict(run.task),
         "data": run.data.fingerprint(),
         "classes": [run.which, run.keeps, run.data.source, run.data.target],
         "splits": [run.data.seed, run.data.val_fraction],
         "normalize": run.normalize,
-        "notes": run.task.notes(run),
-        "code": code_version(run.task),
+        "notes": _notes(run),
+        "code": code_version(run.model, run.task),
     }
 
     def build(folder: Path) -> None:
-        methods, run.methods = run.methods, []
-        callbacks, run.callbacks = run.callbacks, []
-        try:
-            with run.evaluating():
-                metrics = run.task.evaluate(run)
-        finally:
-            run.methods, run.callbacks = methods, callbacks
+        with run.plainly():
+            metrics = run.task.evaluate(run)
         if run.fabric.global_rank == 0:
             (folder / "metrics.json").write_text(json.dumps(metrics))
 

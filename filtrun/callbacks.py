@@ -1,4 +1,4 @@
-"""The runner's own hooks: logging with a NaN stop, and averaged weights."""
+"""The runner's own hooks: logging with a NaN stop, averaged weights, and layers that start to train later."""
 
 from __future__ import annotations
 
@@ -110,6 +110,17 @@ class Ema(Method):
             mine.copy_(saved)
 
     @torch.no_grad()
+    def after_refit(self, run: Run) -> None:
+        """Go on averaging what kept its shape; what has a new one starts from its present values."""
+        known = {id(t): a for t, a in zip(self.tracked, self.average, strict=True)}
+        self.average = []
+        self.start(run)
+        for i, tensor in enumerate(self.tracked):
+            old = known.get(id(tensor))
+            if old is not None and old.shape == tensor.shape:
+                self.average[i] = old
+
+    @torch.no_grad()
     def after_step(self, run: Run) -> None:
         decay = min(self.decay, (1 + run.step) / (10 + run.step))
         torch._foreach_lerp_(self.average, [t.detach() for t in self.tracked], 1 - decay)
@@ -123,6 +134,8 @@ class Ema(Method):
 
     def before_eval(self, run: Run) -> None:
         self._swap()
+        for method in run.methods:
+            method.constrain(run)
 
     def after_eval(self, run: Run) -> None:
         self._swap()
@@ -138,3 +151,20 @@ class Ema(Method):
         self.average = state["average"]
         if self.tracked:
             self.average = [a.to(t.device) for a, t in zip(state["average"], self.tracked, strict=True)]
+
+
+class Hold(Method):
+    """Keeps optimizer groups with ``hold_epochs`` as they are for that long, or for ``hold_share`` of a run if less.
+
+    Their gradients are dropped before clipping, so the optimizer passes them over, moments and step count too, as if
+    they were frozen; under DDP every gradient is still reduced.
+    """
+
+    slug = "_hold"
+
+    def after_backward(self, run: Run) -> None:
+        for group in run.optimizer.param_groups:
+            share = group.get("hold_share", 1.0) * sum(phase.steps for phase in run.phases)
+            if run.step < min(group.get("hold_epochs", 0) * run.steps_per_epoch, share):
+                for parameter in group["params"]:
+                    parameter.grad = None

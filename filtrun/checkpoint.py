@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from filtrun import runner
 from filtrun.errors import UserError
 from filtrun.method import Method
 from filtrun.pack import load_tree, save_tree
@@ -59,9 +60,12 @@ def load_checkpoint(run: Run) -> bool:
             state, _ = load_tree(path)
         except UserError:
             continue  # damaged: the one before it is still good
+        shapes = [p.shape for p in run.model.parameters()]
         for method in run.hooks:
             if method.slug in state["methods"]:
                 method.load_state_dict(state["methods"][method.slug])
+        if shapes != [p.shape for p in run.model.parameters()]:
+            runner.refit(run)  # the checkpoint is from after a removal of channels, which has been replayed
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.step = state["step"]

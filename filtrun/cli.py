@@ -17,6 +17,7 @@ VERBS = {
     "show": "filtrun.verbs.show",
     "sample": "filtrun.verbs.sample",
     "apply": "filtrun.verbs.apply",
+    "table": "filtrun.verbs.table",
     "check": "filtrun.verbs.check",
     "doctor": "filtrun.verbs.doctor",
 }
@@ -175,7 +176,7 @@ class Job:
         overrides = [str(o) for o in hydra.overrides.task]
         try:
             values, choices = plain(_with_hydra(config, hydra))
-            record = execute(values, choices, Path(hydra.runtime.output_dir), overrides)
+            record = execute(values, choices, Path(hydra.runtime.output_dir), overrides, cell=self.multirun)
         except Interrupted as error:  # whoever stops a sweep does not mean one cell; Hydra would go on to the next
             raise KeyboardInterrupt from error
         except (UserError, RunFailure) as error:

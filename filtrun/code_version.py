@@ -13,7 +13,7 @@ from typing import Any
 INFRASTRUCTURE = frozenset(
     f"filtrun.{name}"
     for name in (
-        "api", "build", "catalogue", "cli", "code_version", "compat", "console", "cost", "delta", "errors",
+        "api", "bits", "build", "catalogue", "cli", "code_version", "compat", "console", "cost", "delta", "errors",
         "experiment", "hydra_errors", "images", "launch", "loggers", "options", "pack", "plan", "record", "reload",
         "stages",
     )

@@ -20,9 +20,9 @@ import torch
 
 from filtrun import conformance_checks as checks
 from filtrun import runner
-from filtrun.bench_run import IMAGE_SETTINGS, SETTINGS, BenchRun
+from filtrun.bench_run import ANY, IMAGE_SETTINGS, SETTINGS, BenchRun, tiny
 from filtrun.conformance_checks import Failed, Skip
-from filtrun.errors import UserError
+from filtrun.errors import Unfit, UserError
 from filtrun.method import Method
 
 
@@ -84,10 +84,16 @@ def _suite(
     yield _result("names its source", "", checks.names_its_source, made)
     yield _result("refuses bad options", "", checks.refuses_bad_options, made, node, trust)
     if any(word.startswith(("model=", "task=")) for word in overrides):
-        settings = [overrides]
+        settings = [tiny(overrides, picked)]
     else:
         known = [kind for kind in kinds if kind in SETTINGS]
-        settings = [[f"model={name}", *tiny, *overrides] for kind in known for name, tiny in SETTINGS[kind].items()]
+        models = (node.get("needs") or {}).get("models")  # the method's config may say which models it is for
+        settings = [
+            [f"model={name}", *small, *overrides]
+            for kind in known
+            for name, small in SETTINGS[kind].items()
+            if models is None or name in models
+        ]
         if not known and "denoise" in kinds and picked not in IMAGE_SETTINGS:
             picked = "mid"
         if not known and picked in IMAGE_SETTINGS:
@@ -101,6 +107,9 @@ def _suite(
             started = time.perf_counter()
             bench = BenchRun(method, words, folder, config_dir)
             runner.setup(bench.fresh())
+        except Unfit as error:
+            yield Check("composes", " ".join(words[:1]), "skipped", str(error))
+            continue
         except Exception as error:
             setting = " ".join(words[:1])
             yield Check("composes", setting, "failed", _told(error), time.perf_counter() - started)
@@ -122,7 +131,7 @@ def _described(
         kind = type(made)
         made.slug = made.slug or kind.__name__.lower()
         node = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
-        return made, node, [kind.__module__.split(".")[0]], list(made.tasks or SETTINGS), ""
+        return made, node, [kind.__module__.split(".")[0]], list(made.tasks or ANY), ""
     from filtrun.api import compose
     from filtrun.plan import make_methods
 
@@ -130,7 +139,7 @@ def _described(
     trust = list(config.get("trust") or [])
     nodes = config["method"]
     made = make_methods(nodes, trust)[0]
-    tasks = (nodes[made.slug].get("needs") or {}).get("tasks") or made.tasks or SETTINGS
+    tasks = (nodes[made.slug].get("needs") or {}).get("tasks") or made.tasks or ANY
     return made, dict(nodes[made.slug]), trust, list(tasks), choices.get("model", "")
 
 

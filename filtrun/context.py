@@ -53,6 +53,8 @@ class Run:
     `which` are the classes it trains on and is judged by ("all" or "target"); `keeps` those it should not forget
     ("source", or None).
 
+    `measured` takes metrics (split/name) that a method has found on the way; they go into the record with its report.
+
     `model` is the plain module, `net` the same wrapped by Fabric (precision, DDP): losses call `net`, surgery edits
     `model`. `weights` maps each base tensor's name to its Parameter, taken before any edit.
     """
@@ -83,8 +85,14 @@ class Run:
     task_loss: Tensor | None = None
     total_loss: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
     bar: Any = None
-    _claims: dict[int, str] = field(default_factory=dict)
+    _claims: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def claimed(self) -> set[int]:
+        """Ids of the tensors that some method has claimed, in any role."""
+        return set(self._claims)
 
     @property
     def device(self) -> torch.device:
@@ -106,16 +114,23 @@ class Run:
         for owner in reversed(self.hooks):
             getattr(owner, hook)(self, *args)
 
-    def claim(self, method: Method, parameters: Iterable[nn.Parameter]) -> None:
-        """Say that `method` alone decides how these tensors change; UserError names both when two claim one."""
+    def claim(self, method: Method, parameters: Iterable[nn.Parameter], role: str = "change") -> None:
+        """Say what `method` does with these base tensors; UserError names both methods when two do not go together.
+
+        Roles: ``"change"``: it alone decides how they change; ``"mask"``: it alone says which entries count;
+        ``"merge"``: it leaves them as they are until its `finish` adds to them or scales them. Several may merge into a
+        tensor, masked or not; nobody else may touch one that somebody changes.
+        """
         names = {id(p): name for name, p in self.weights.items()}
         for parameter in parameters:
-            other = self._claims.setdefault(id(parameter), method.slug)
-            if other != method.slug:
-                raise UserError(
-                    f"method={method.slug} and method={other} both claim the tensor "
-                    f"{names.get(id(parameter), '?')!r}; use one of them, or choose other layers for one"
-                )
+            roles = self._claims.setdefault(id(parameter), {})
+            for other, has in roles.items():
+                if other != method.slug and ("change" in (role, has) or role == has == "mask"):
+                    raise UserError(
+                        f"method={method.slug} and method={other} both claim the tensor "
+                        f"{names.get(id(parameter), '?')!r}; use one of them, or choose other layers for one"
+                    )
+            roles[method.slug] = role
 
     def stage(self, name: str, parts: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
         """A cached piece of work (see `Stages.get`); under DDP every process calls it with the same arguments.
@@ -179,6 +194,17 @@ class Run:
         """The task's training augmentation; drawn after the step was seeded, so that resuming draws the same."""
         augmentation = self.task.augment(self.data)
         return batch if augmentation is None else replace(batch, x=augmentation(batch.x))
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Evaluation of the model as it is now, without the hooks of methods and callbacks."""
+        methods, callbacks = self.methods, self.callbacks
+        self.methods, self.callbacks = [], []
+        try:
+            with self.evaluating():
+                yield
+        finally:
+            self.methods, self.callbacks = methods, callbacks
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from filtrun.bits import pack_zeros, unpack_zeros
 from filtrun.errors import UserError
 from filtrun.pack import load_tree, save_tree
 
@@ -18,9 +19,20 @@ if TYPE_CHECKING:
 FILE = "model.safetensors"
 
 
+def packing(model: nn.Module) -> list[Any]:
+    """The modules that store their own parameters in fewer bits.
+
+    They have ``packed()``, which gives uint8 (`packed_bytes`,), and ``unpack(data)``, after which their output is bit
+    for bit what it was.
+    """
+    return [m for m in model.modules() if hasattr(type(m), "packed_bytes")]
+
+
 def changed(model: nn.Module, base_buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Trainable parameters, and buffers that are new or differ from the base's."""
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Trainable parameters but those of `packing` modules, and buffers that are new or differ from the base's."""
+    inside = {id(p) for m in packing(model) for p in m.parameters(recurse=False)}
+    named = model.named_parameters()
+    tensors = {name: p.detach() for name, p in named if p.requires_grad and id(p) not in inside}
     state = model.state_dict()
     for name, buffer in model.named_buffers():
         if name in state and (name not in base_buffers or not torch.equal(buffer.cpu(), base_buffers[name])):
@@ -31,9 +43,13 @@ def changed(model: nn.Module, base_buffers: dict[str, Tensor]) -> dict[str, Tens
 def save_delta(run: Run, folder: Path, base_sha256: str) -> Path:
     """Write ``model.safetensors`` of an edited, not yet finished model."""
     tensors = changed(run.model, run.shared.get("base_buffers", {}))
-    methods = {m.slug: m.state_dict() for m in run.methods}
+    packed = {name: pack_zeros(tensor) for name, tensor in tensors.items()}
+    methods = {m.slug: m.delta_state() for m in run.methods}
+    state = {"tensors": packed, "methods": methods}
+    if parts := [m.packed().cpu() for m in packing(run.model)]:
+        state["packed"] = torch.cat(parts)  # one entry for all: a name for each would take more room than the bits
     path = folder / FILE
-    save_tree(path, {"tensors": tensors, "methods": methods}, base_sha256=base_sha256, saved_by="filtrun")
+    save_tree(path, state, base_sha256=base_sha256, saved_by="filtrun")
     return path
 
 
@@ -51,16 +67,22 @@ def load_delta(run: Run, path: Path, base_sha256: str) -> None:
     for method in run.methods:
         method.load_state_dict(state["methods"].get(method.slug, {}))
     own: dict[str, Any] = {**dict(run.model.named_parameters()), **dict(run.model.named_buffers())}
-    for name, tensor in state["tensors"].items():
+    for name, packed in state["tensors"].items():
+        tensor = unpack_zeros(packed)
         if name not in own or own[name].shape != tensor.shape:
             has = tuple(own[name].shape) if name in own else "no such tensor"
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model has {has}")
         with torch.no_grad():
             own[name].copy_(tensor)
+    data, modules = state.get("packed", torch.empty(0, dtype=torch.uint8)), packing(run.model)
+    if len(data) != sum(m.packed_bytes for m in modules):
+        raise UserError(f"{path}: its {len(data)} bytes of packed tensors do not fit the model")
+    for module, part in zip(modules, data.split([m.packed_bytes for m in modules]), strict=True):
+        module.unpack(part)
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Names and shapes in a stored delta, for people."""
     state, metadata = load_tree(path)
-    shapes = {name: list(tensor.shape) for name, tensor in state["tensors"].items()}
+    shapes = {name: list(unpack_zeros(packed).shape) for name, packed in state["tensors"].items()}
     return {"base_sha256": metadata.get("base_sha256"), "tensors": json.loads(json.dumps(shapes))}

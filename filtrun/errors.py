@@ -12,10 +12,18 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Unfit(UserError):
+    """What was asked for cannot be done on this kind of model: another model, or another option, can."""
+
+
 class RunFailure(Exception):
     """A run that could not finish (NaN loss, no memory, no disk space): exit code 1."""
 
     exit_code = 1
+
+
+class Busy(UserError):
+    """Another process is at work in the folder: later it may be free, or the run done."""
 
 
 class Interrupted(RunFailure):

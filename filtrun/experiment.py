@@ -13,7 +13,15 @@ from filtrun.base import base_model, evaluate_base
 from filtrun.callbacks import Ema, Log
 from filtrun.checkpoint import Checkpoints, drop_checkpoints, load_checkpoint
 from filtrun.context import Run
-from filtrun.cost import environment, forward_flops, peak_memory, reset_peak_memory
+from filtrun.cost import (
+    environment,
+    latency,
+    operations,
+    optimizer_bytes,
+    peak_memory,
+    reset_peak_memory,
+    saved_for_backward,
+)  # fmt: skip
 from filtrun.delta import save_delta
 from filtrun.loggers import JsonLines, Loggers
 from filtrun.method import Method, count
@@ -49,6 +57,8 @@ def experiment(plan: Plan, fabric: Any, folder: Path, record: Record, bar: Any =
     run.task.prepare(run)
     run.shared["base_buffers"] = {name: b.detach().cpu().clone() for name, b in run.model.named_buffers()}
     record.cost["total_params"] = count(run.model.parameters())
+    with run.plainly():
+        record.cost |= {f"base_{name}": value for name, value in _speed(run).items()}
     record.evaluation = run.task.notes(run)
     if plan.trainer.evaluate and plan.base != "scratch":
         record.metrics |= _named("base", evaluate_base(run, base_sha256))
@@ -94,10 +104,20 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
     record.cost |= {
         "trainable_params": int(own[0]) if own else trainable,
         "peak_memory_bytes": peak_memory(run.device) if run.optimizer is not None else None,
+        **_training_memory(run),
         "train_seconds": log.seconds,
         "images_per_second": log.images / log.seconds if log.seconds else None,
         "steps": run.step,
     }
+
+
+def _training_memory(run: Run) -> dict[str, int | None]:
+    """Bytes autograd keeps for the backward pass of the task's probe, and bytes of the optimizer's state."""
+    if run.optimizer is None:
+        return {"saved_bytes": None, "optimizer_bytes": None}
+    with run.evaluating(), torch.enable_grad():
+        saved = saved_for_backward(lambda: run.task.probe(run), run.model)
+    return {"saved_bytes": saved, "optimizer_bytes": optimizer_bytes(run.optimizer)}
 
 
 def measure(plan: Plan, run: Run, record: Record, base_sha256: str) -> None:
@@ -109,6 +129,8 @@ def measure(plan: Plan, run: Run, record: Record, base_sha256: str) -> None:
     elif plan.trainer.evaluate:
         with run.evaluating():
             record.metrics |= _named("tuned", run.task.evaluate(run))
+    record.report = {m.slug: found for m in run.methods if (found := m.report(run))}  # some know more by now
+    record.metrics |= run.measured
     with run.evaluating():  # averaged weights, where there are any, are the ones to keep
         before = run.task.probe(run)
         if first:
@@ -117,9 +139,13 @@ def measure(plan: Plan, run: Run, record: Record, base_sha256: str) -> None:
             record.artifacts.append(_artifact(folder, stored, "model"))
     run.each_reversed("finish")
     run.callbacks = []
+    record.cost["params"] = count(run.model.parameters())
+    record.cost["nonzero_params"] = sum(int(torch.count_nonzero(p)) for p in run.model.parameters())
+    for report in record.report.values():  # by the methods' own formulas, where the counter sees no saving
+        record.cost |= {f"effective_{name}": report[name] for name in ("flops", "macs") if name in report}
     with run.evaluating():
         unchanged = torch.equal(before, run.task.probe(run))
-        record.cost["flops"] = forward_flops(lambda: run.task.probe(run))
+        record.cost |= _speed(run)
         if plan.trainer.evaluate:
             # the same output to the bit gives the same metrics: no need to measure twice
             again = _plain(record.metrics, "tuned") if unchanged else run.task.evaluate(run)
@@ -127,6 +153,15 @@ def measure(plan: Plan, run: Run, record: Record, base_sha256: str) -> None:
     if "nfe" in run.shared:
         record.cost["nfe"] = run.shared["nfe"]
     _show(run, folder / "samples.png", record, "samples")
+
+
+def _speed(run: Run) -> dict[str, float]:
+    """Operations of one sample's forward pass, and the median seconds of one over the whole probe batch."""
+
+    def probe() -> torch.Tensor:
+        return run.task.probe(run)
+
+    return {**operations(probe), "latency_seconds": latency(probe, run.device)}
 
 
 def _changes_evaluation(method: Method) -> bool:

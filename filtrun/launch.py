@@ -15,22 +15,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filtrun.errors import Interrupted, RunFailure, UserError
+from filtrun.errors import Busy, Interrupted, RunFailure, UserError
 from filtrun.record import FILE, Record
 
 log = logging.getLogger("filtrun")
 
 
 def execute(
-    config: dict[str, Any], choices: dict[str, str], folder: Path, overrides: list[str], *, quiet: bool = False
+    config: dict[str, Any],
+    choices: dict[str, str],
+    folder: Path,
+    overrides: list[str],
+    *,
+    quiet: bool = False,
+    cell: bool = False,
 ) -> Record:
     """Do the run, or find it done, in `folder`; returns its record.
 
     A folder that holds this run finished is not run again (``force=true`` does, keeping the old files aside); one
-    that holds it unfinished is resumed; one that holds another run is refused.
+    that holds it unfinished is resumed; one that holds another run is refused, unless it is the folder of a sweep's
+    `cell` that did not finish, by other code say: its files are kept aside and it is done anew.
 
     Raises:
         UserError, RunFailure: after the reason was written into the record, where the folder is this run's.
+        Busy: another process is running in the folder.
     """
     folder = folder.absolute()
     if isinstance(config.get("stages"), dict) and isinstance(config["stages"].get("root"), str):
@@ -55,7 +63,7 @@ def execute(
             if previous.key == record.key and not config["force"]:
                 if previous.status == "finished":
                     return previous
-            elif config["force"]:
+            elif config["force"] or (cell and previous.status != "finished"):
                 _set_aside(folder)
             else:
                 raise UserError(
@@ -104,7 +112,7 @@ def prepare(config: dict[str, Any], choices: dict[str, str]) -> tuple[Any, str, 
 
 
 def own(folder: Path) -> Any:
-    """Make the folder and lock it for this process. Raises UserError when it is not writable or taken."""
+    """Make the folder and lock it for this process. Raises UserError when it is not writable, Busy when it is taken."""
     from filelock import FileLock, Timeout
 
     try:
@@ -112,9 +120,7 @@ def own(folder: Path) -> Any:
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise UserError(
-            f"another process is running in {folder}; wait for it or choose another hydra.run.dir"
-        ) from error
+        raise Busy(f"another process is running in {folder}; wait for it or choose another hydra.run.dir") from error
     except OSError as error:
         raise UserError(f"hydra.run.dir={folder} cannot be written: {error.strerror or error}") from error
     return lock
@@ -145,9 +151,25 @@ def make_fabric(plan: Any, device: str, devices: int) -> Any:
     if world > 1:  # torchrun started the processes and says how many there are
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         nodes = world // devices
-    strategy = "ddp" if world > 1 or nodes > 1 else ("ddp_spawn" if devices > 1 else "auto")
+    several = world > 1 or nodes > 1 or devices > 1
+    strategy = ddp(plan, spawn=world == 1 and nodes == 1) if several else "auto"
     chosen: Any = [int(number)] if number else devices
     return Fabric(accelerator=kind, devices=chosen, num_nodes=nodes, strategy=strategy, precision=precision)
+
+
+def ddp(plan: Any, *, spawn: bool) -> Any:
+    """Fabric's strategy for several processes.
+
+    Looking for tensors without a gradient costs time in every step, so it is done only where a method of the plan
+    says by `unused_params` that there may be some.
+
+    Args:
+        spawn: this process starts the others; False: torchrun did, or Fabric does for several nodes.
+    """
+    from lightning_fabric.strategies import DDPStrategy
+
+    more = {"find_unused_parameters": True} if any(method.unused_params for method in plan.methods) else {}
+    return DDPStrategy(start_method="spawn" if spawn else "popen", **more)
 
 
 def _on_devices(

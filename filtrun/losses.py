@@ -126,14 +126,15 @@ def vgg_features(device: str = "cpu") -> VggFeatures:
 
 
 def check_losses(weights: Mapping[str, float], where: str = "task.losses") -> None:
-    """Raise UserError for a term that does not exist, a weight below 0, no term at all, or weights that are missing."""
+    """Raise UserError for a term that does not exist, a weight below 0, or weights that are missing.
+
+    That every weight is 0 is no mistake yet: the model or a method may have terms of its own.
+    """
     for name, weight in weights.items():
         if name not in LOSSES:
             raise unknown(f"loss of {where}", name, LOSSES)
         if not weight >= 0:
             raise UserError(f"{where}.{name}={weight} must not be negative")
-    if not any(weights.values()):
-        raise UserError(f"{where} has no term with a weight above 0; choose from {', '.join(LOSSES)}")
     if weights.get("perceptual"):
         vgg_features()
 

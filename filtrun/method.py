@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HOOKS = (
     "prepare", "edit_model", "param_groups", "phases", "start_phase", "own_step", "loss", "after_backward",
-    "after_step", "after_epoch", "before_eval", "after_eval", "guide", "sampler", "finish",
+    "after_step", "after_epoch", "after_refit", "before_eval", "after_eval", "constrain", "guide", "sampler", "finish",
 )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class Method:
     - `identity_at_start`: `edit_model` leaves the model's output unchanged.
     - `exact_finish`: `finish` leaves the output unchanged (within 1e-5).
     - `unused_params`: some trainable tensor may get no gradient in a step (needed to know under DDP).
+    - `combines`: its `guide` is a rule of classifier-free guidance: it combines the conditional and the unconditional
+      prediction. It takes the place of the task's own guidance, and a run has at most one.
     - `nan_ok`: its own loss term may be NaN or infinite now and then without the run being stopped.
     - `paper`: title, link and year, as shown by ``filtrun list`` and ``info``.
     """
@@ -45,6 +47,7 @@ class Method:
     identity_at_start: ClassVar[bool] = True
     exact_finish: ClassVar[bool] = True
     unused_params: ClassVar[bool] = False
+    combines: ClassVar[bool] = False
     nan_ok: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
@@ -86,6 +89,9 @@ class Method:
     def after_epoch(self, run: Run) -> None:
         """Called when an epoch, or a phase in the middle of one, ends."""
 
+    def after_refit(self, run: Run) -> None:
+        """Called when the run went on with a new optimizer (`runner.refit`): tensors may have other shapes now."""
+
     # -- evaluation ------------------------------------------------------------------------------------------------
     def before_eval(self, run: Run) -> None:
         """Change the model for evaluation only (a temporary merge, averaged weights)."""
@@ -93,12 +99,19 @@ class Method:
     def after_eval(self, run: Run) -> None:
         """Undo `before_eval`; called in the reverse order."""
 
+    def constrain(self, run: Run) -> None:
+        """Put the weights back where the method allows them (masks, bounds): called when averaged weights come in."""
+
     def guide(self, run: Run, denoise: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the denoiser used for sampling; guidances nest in the order of the methods."""
         return denoise
 
     def sampler(self, run: Run) -> Callable[..., Tensor] | None:
-        """A sampler that replaces the task's, or None."""
+        """A sampler that replaces the task's, or None; an attribute ``grid`` of it gives noise levels of its own.
+
+        In task inverse it is a solver of inverse problems: called with ``measurement=`` beside a sampler's arguments,
+        see `filtrun.tasks.inverse.Inverse`.
+        """
         return None
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -109,8 +122,19 @@ class Method:
         """What a resumed run needs beside the model and the optimizer; tensors and JSON values, nested."""
         return {}
 
+    def delta_state(self) -> dict[str, Any]:
+        """What the finished model needs when it is used again; it is stored in ``model.safetensors``.
+
+        Less than `state_dict`, which checkpoints keep, where that holds what only further training needs (the
+        discriminator of a GAN, an optimizer's moments).
+        """
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; called after `edit_model` and before the model's own tensors load."""
+        """Take back what `state_dict` or `delta_state` gave, or nothing from an empty dict.
+
+        Called after `edit_model` and before the model's own tensors load.
+        """
 
     def report(self, run: Run) -> dict[str, float | int | str]:
         """Extra columns of the record (rank, sparsity, threshold), read before `finish`."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from filtrun.build import build, resolve, typed
+from filtrun.cells import MACHINE_KEYS, MACHINE_OPTIONS
 from filtrun.errors import UserError, unknown
 from filtrun.loggers import Logger
 from filtrun.method import Method
@@ -26,8 +27,6 @@ BASES = ("pretrain", "scratch", "checkpoint", "hub")
 CLASSES = ("auto", "all", "target", "source")
 NORMALIZE = ("data", "imagenet", "half", "none")
 PARTS = ("data", "model", "task", "trainer", "pretrain", "stages")
-MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust")
-"""Keys that do not change what a run computes and are not in its key."""
 
 
 @dataclass
@@ -77,7 +76,6 @@ class Plan:
         from filtrun import runner
         from filtrun.code_version import code_version, module_version
         from filtrun.stages import digest
-        from filtrun.train_stage import MACHINE_OPTIONS
 
         config = {k: copy.deepcopy(v) for k, v in self.config.items() if k not in MACHINE_KEYS}
         for option in MACHINE_OPTIONS:
@@ -110,12 +108,18 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise UserError(f"threads={threads!r} must be a whole number from 1, or null")
     trainer = make_trainer(cfg["trainer"], "trainer")
-    pretrain = {**cfg["trainer"], **{k: v for k, v in cfg["pretrain"].items() if k != "seed"}}
+    _check_choice("pretrain.classes", cfg["pretrain"].get("classes", "source"), ("source", "all"))
+    pretrain = {**cfg["trainer"], **{k: v for k, v in cfg["pretrain"].items() if k not in ("seed", "classes")}}
     if "steps" in cfg["pretrain"] and cfg["pretrain"]["steps"] is not None:
         pretrain["epochs"] = None
     elif cfg["pretrain"].get("epochs") is not None:
         pretrain["steps"] = None
     base = cfg["model"].get("base", "pretrain")
+    methods = make_methods(cfg.get("method") or {}, trust)
+    if cfg["classes"] == "auto" and base == "pretrain" and "target" in cfg["data"] and _only_samples(methods):
+        # nothing learns the held-out classes, so there is nothing to hold out: the base knows all it is asked for
+        known = "all" if cfg["data"].get("source") is None else "source"
+        cfg = {**cfg, "classes": known, "data": {**cfg["data"], "target": []}}
     which = cfg["classes"] if cfg["classes"] != "auto" else ("target" if base == "pretrain" else "all")
     plan = Plan(
         config=cfg,
@@ -124,7 +128,7 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
         pretrain=make_trainer(pretrain, "pretrain"),
         data=build(cfg["data"], Data, "data", trust=trust),
         task=build(cfg["task"], Task, "task", trust=trust),
-        methods=make_methods(cfg.get("method") or {}, trust),
+        methods=methods,
         loggers=[build(node, Logger, f"logger.{k}", trust=trust) for k, node in (cfg.get("logger") or {}).items()],
         base=base,
         which=which,
@@ -153,6 +157,12 @@ def make_methods(nodes: Mapping[str, Any], trust: list[str]) -> list[Method]:
     return methods
 
 
+def _only_samples(methods: list[Method]) -> bool:
+    """Whether the methods of a run train nothing and act when samples are drawn: guidances and samplers."""
+    acts = any(getattr(type(m), hook) is not getattr(Method, hook) for m in methods for hook in ("guide", "sampler"))
+    return acts and all(m.trains == "nothing" for m in methods)
+
+
 def check_fit(plan: Plan) -> None:
     """Raise UserError when model, task and methods do not go together, naming what would."""
     kind, model = plan.task.kind, plan.choices.get("model", "model")
@@ -167,6 +177,12 @@ def check_fit(plan: Plan) -> None:
             raise UserError(
                 f"method={method.slug} works with task={' or '.join(fits)}, not task={kind}; {_models_for(fits[0])}"
             )
+    rules = [method.slug for method in plan.methods if method.combines]
+    if len(rules) > 1:
+        raise UserError(
+            f"method={rules[0]} and method={rules[1]} both say how the conditional and the unconditional prediction "
+            "are combined; use one of them"
+        )
     if plan.base == "checkpoint" and not plan.config["model"].get("checkpoint"):
         raise UserError("model.base=checkpoint needs model.checkpoint=FILE (a .safetensors or .pth file of weights)")
     if plan.base != "checkpoint" and plan.config["model"].get("checkpoint"):

@@ -19,6 +19,8 @@ from filtrun.record import Record
 def reload(folder: Path | str, *, device: str = "auto", overrides: dict[str, Any] | None = None) -> tuple[Run, Record]:
     """The run stored in `folder`, its model trained, finished and on its device, ready to sample or predict.
 
+    Use it inside ``with run.evaluating():``, as measuring does: some methods act there (the mean over masks of MID).
+
     Args:
         folder: the run folder.
         device: auto, cpu, cuda or cuda:N.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from filtrun.callbacks import Hold
 from filtrun.context import Run, mix_seed, seed_generators
 from filtrun.errors import UserError
 from filtrun.trainer import Phase, grouped, lr_factor, make_optimizer
@@ -28,10 +29,7 @@ def edit(run: Run) -> None:
 def setup(run: Run) -> None:
     """After all surgery: optimizer, phases and Fabric's wrapping."""
     trainer = run.trainer
-    own = [groups for m in run.methods for groups in m.param_groups(run)]
-    groups = grouped((p for p in run.model.parameters() if p.requires_grad), own)
-    if trainer.channels_last:
-        run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    groups = _groups(run)
     if trainer.compile:
         run.model.compile()
     planned = [p for p in (m.phases(run) for m in run.methods) if p is not None]
@@ -41,10 +39,42 @@ def setup(run: Run) -> None:
     run.phases = planned[0] if planned else [Phase(run.label, trainer.total_steps(images))]
     if not groups:
         run.phases = []
-        run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
-    else:
-        run.net, run.optimizer = run.fabric.setup(run.model, make_optimizer(trainer, groups))
+    _wrap(run, groups)
+    if any(group.get("hold_epochs") for group in groups):
+        run.callbacks.append(Hold())
     run.net.train()
+
+
+def _groups(run: Run) -> list[dict[str, Any]]:
+    """The optimizer groups of what trains now."""
+    own = [groups for m in run.methods for groups in m.param_groups(run)]
+    asks = getattr(run.model, "param_groups", None)
+    return grouped((p for p in run.model.parameters() if p.requires_grad), own, asks() if callable(asks) else ())
+
+
+def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
+    """A new optimizer over `groups`, and Fabric's wrapping; no optimizer when nothing trains."""
+    if run.trainer.channels_last:
+        run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run.net = run.optimizer = None  # an old wrapper must not outlive the tensors it was made for
+    if groups:
+        run.net, run.optimizer = run.fabric.setup(run.model, make_optimizer(run.trainer, groups))
+    else:
+        run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
+
+
+def refit(run: Run) -> None:
+    """Go on with a changed model: a new optimizer over what trains now, without the old one's moments.
+
+    For a method that changes shapes in the middle of a run (channels removed), or what trains, in `start_phase`. The
+    Parameter objects must be the same ones; their tensors may have other shapes. `after_refit` tells the other hooks.
+    """
+    if run.optimizer is None:
+        return
+    training = run.model.training
+    _wrap(run, _groups(run))
+    run.net.train(training)
+    run.each("after_refit")
 
 
 def chunks(batch: Any, parts: int) -> list[Any]:
@@ -93,9 +123,9 @@ def fit(run: Run) -> None:
         while run.step < end:
             run.epoch, position = divmod(run.step, run.steps_per_epoch)
             for batch in run.batches(run.epoch, skip=position):
-                factor = lr_factor(run.trainer, run.step - done, phase.steps)
+                factor = lr_factor(run.trainer, run.step - done, phase.steps, phase.schedule, phase.warmup)
                 for group in run.optimizer.param_groups:
-                    peak = group["base_lr"] if phase.lr is None else phase.lr
+                    peak = group["base_lr"] if phase.lr is None else phase.lr * group.get("lr_factor", 1.0)
                     group["lr"] = peak * factor
                 run.seed_step()
                 run.total_loss = step_of(run, run.augment(batch))

@@ -72,6 +72,10 @@ class Task:
     def check_data(self, data: Data) -> None:
         """Raise UserError when the task cannot work on this kind of data; nothing has been read yet."""
 
+    def pretraining(self) -> Task:
+        """The task a base is pre-trained on: another than this one where it is only evaluated in another way."""
+        return self
+
     def training_key(self) -> dict[str, Any]:
         """The options that change what training computes."""
         return {name: getattr(self, name) for name in self.training_options}

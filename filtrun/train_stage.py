@@ -11,6 +11,7 @@ from torch import nn
 
 from filtrun import runner
 from filtrun.callbacks import Ema, Log
+from filtrun.cells import MACHINE_OPTIONS
 from filtrun.code_version import code_version, module_version
 from filtrun.context import Run, seed_generators
 from filtrun.loggers import Loggers
@@ -18,9 +19,6 @@ from filtrun.methods.baseline.full import Full
 from filtrun.pack import load_tree, save_tree
 from filtrun.task import Task
 from filtrun.trainer import Trainer
-
-MACHINE_OPTIONS = ("devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate")
-"""Trainer options that change how training runs and not what it computes: they are in no key."""
 
 
 def trainer_key(trainer: Trainer) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def train_stage(
         **parts,
         "data": run.data.fingerprint(),
         "which": which,
-        "classes": [run.data.source, run.data.target],
+        "classes": None if which == "all" else [run.data.source, run.data.target],
         "splits": [run.data.seed, run.data.val_fraction, run.data.few_shot if which != "source" else 0],
         "augment": str(task.augment(run.data)),
         "task": {"kind": task.kind, **task.training_key()},

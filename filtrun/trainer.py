@@ -69,18 +69,20 @@ class Trainer:
 class Phase:
     """A stretch of training with its own schedule, e.g. regularise, then fine-tune.
 
-    `steps` optimizer steps starting at learning rate `lr` (None: the trainer's).
+    `steps` optimizer steps with peak learning rate `lr`, `schedule` and `warmup` (None: the trainer's).
     """
 
     name: str
     steps: int
     lr: float | None = None
+    schedule: str | None = None
+    warmup: int | None = None
 
 
 def make_optimizer(trainer: Trainer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer over `groups`; each remembers its peak learning rate as ``base_lr``."""
     for group in groups:
-        group.setdefault("lr", trainer.lr)
+        group.setdefault("lr", trainer.lr * group.get("lr_factor", 1.0))
         group.setdefault("weight_decay", trainer.weight_decay)
     if trainer.optimizer == "sgd":
         nesterov = trainer.nesterov and trainer.momentum > 0
@@ -97,18 +99,33 @@ def make_optimizer(trainer: Trainer, groups: list[dict[str, Any]]) -> torch.opti
     return made
 
 
-def lr_factor(trainer: Trainer, step: int, total: int) -> float:
-    """Share of the peak learning rate at `step` (from 0) of `total`: linear warm-up, then the schedule to 0."""
-    if step < trainer.warmup:
-        return (step + 1) / trainer.warmup
-    if trainer.schedule == "constant" or total <= trainer.warmup:
+def lr_factor(trainer: Trainer, step: int, total: int, schedule: str | None = None, warmup: int | None = None) -> float:
+    """Share of the peak learning rate at `step` (from 0) of `total`: linear warm-up, then the schedule to 0.
+
+    `schedule` and `warmup` replace the trainer's unless they are None.
+    """
+    schedule = trainer.schedule if schedule is None else schedule
+    warmup = trainer.warmup if warmup is None else warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant" or total <= warmup:
         return 1.0
-    progress = min(1.0, (step - trainer.warmup) / (total - trainer.warmup))
-    return 0.5 * (1 + math.cos(math.pi * progress)) if trainer.schedule == "cosine" else 1.0 - progress
+    progress = min(1.0, (step - warmup) / (total - warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
 
 
-def grouped(trainable: Iterable[torch.nn.Parameter], extra: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Optimizer groups: the methods' own, then one of every other trainable parameter."""
+def grouped(
+    trainable: Iterable[torch.nn.Parameter], extra: list[dict[str, Any]], model: Iterable[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Optimizer groups: the methods' own, then one of every other trainable parameter, then those the model asks for.
+
+    A model asks with a method ``param_groups() -> list[dict]``: ``params``, and beside the optimizer's own options
+    ``lr_factor``, what their learning rate is multiplied by, and ``hold_epochs``, for which they stay as they are
+    (for ``hold_share`` of the run's steps at most). What does not train, and what a method has a group for, is left
+    out of the model's groups.
+    """
     taken = {id(p) for group in extra for p in group["params"]}
-    rest = [p for p in trainable if id(p) not in taken]
-    return [*extra, {"params": rest}] if rest else extra
+    rest = {id(p): p for p in trainable if id(p) not in taken}
+    asked = [{**group, "params": [p for p in group["params"] if rest.pop(id(p), None) is not None]} for group in model]
+    default = [{"params": list(rest.values())}] if rest else []
+    return [*extra, *default, *(group for group in asked if group["params"])]

@@ -67,7 +67,7 @@ def test_global_package_and_picks():
     assert probe.summary == "Train the classification head on frozen features."
     assert probe.tasks == ("classify",) and probe.picks == {"model": "resnet20"}
     unet = entry("models", "unet")
-    assert unet.tasks == ("diffuse",) and unet.picks == {"task": "diffuse"} and unet.node["size"] == "tiny"
+    assert unet.tasks == ("diffuse", "inverse") and unet.picks == {"task": "diffuse"} and unet.node["size"] == "tiny"
     assert entry("models", "diffusers").sets == {"task": {"noise": "linear", "prediction": "eps"}}
 
 

@@ -88,8 +88,7 @@ def test_mistakes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         losses.check_losses({"l3": 1.0})
     with pytest.raises(UserError, match="task.losses.l1=-1.0 must not be negative"):
         losses.check_losses({"l1": -1.0})
-    with pytest.raises(UserError, match="no term with a weight above 0"):
-        losses.check_losses({"l1": 0.0})
+    losses.check_losses({"l1": 0.0})  # the model or a method may have terms of its own
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     losses.vgg_features.cache_clear()
     with pytest.raises(UserError, match="task.losses.perceptual needs VGG-16's weights"):

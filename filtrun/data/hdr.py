@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from filtrun.data.images import SUFFIXES, decode, readable
+from filtrun.data.images import SUFFIXES, check_size, decode, orient, readable
 from filtrun.data.png16 import png_depth, read_png16
+from filtrun.data.wide_tiff import ORIENTATION, read_wide_tiff
 from filtrun.errors import UserError
 
 HDR_SUFFIXES = frozenset((".hdr", ".pic", ".exr"))
@@ -22,7 +24,7 @@ def read_image(path: Path | str, channels: int | None = 3) -> Tensor:
     """One image file as (C, H, W): uint8 where it has 8 bits, else float32.
 
     - Radiance and OpenEXR: linear light as stored, any value from 0 on, above 1 too;
-    - 16-bit PNG and TIFF: value / 65535; float TIFF: as stored;
+    - 16-bit PNG and TIFF: value / 65535, float TIFF as stored, upright by their EXIF orientation;
     - everything else: 8 bits, see `filtrun.data.images.decode` (EXIF orientation, palettes, CMYK, transparency).
 
     Args:
@@ -33,6 +35,9 @@ def read_image(path: Path | str, channels: int | None = 3) -> Tensor:
     """
     path = Path(path)
     suffix = path.suffix.lower()
+    with readable(path):
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty (0 bytes)")
     if suffix in (".hdr", ".pic"):
         pixels = read_radiance(path)
     elif suffix == ".exr":
@@ -77,6 +82,7 @@ def read_radiance(path: Path) -> np.ndarray:
     if header is None or b"32-bit_rle_xyze" in (header[1] or b""):
         raise UserError(f"{path} is no Radiance picture in RGB, rows from left to right")
     height, width = int(header[3]), int(header[4])
+    check_size(path, width, height)
     exposure = 1.0
     for value in re.findall(rb"^EXPOSURE=\s*([-+.\deE]+)", header[1] or b"", re.M):
         exposure *= float(value)
@@ -152,8 +158,6 @@ def _read_exr(path: Path) -> np.ndarray:
         import OpenEXR
     except ImportError as error:
         raise UserError(f"{path}: OpenEXR files need a package: pip install 'filtrun[exr]'") from error
-    with readable(path):
-        path.stat()
     try:
         channels = OpenEXR.File(str(path)).channels()
     except Exception as error:
@@ -166,24 +170,21 @@ def _read_exr(path: Path) -> np.ndarray:
 
 
 def _read_tiff(path: Path) -> np.ndarray | None:
-    """A TIFF of 16 or more bits as float (H, W, C); None for one of 8 bits or less."""
+    """A TIFF of 16 or more bits as float (H, W, C), upright; None for one of 8 bits or less."""
     import tifffile
 
-    with readable(path):
-        path.stat()
     try:
         with tifffile.TiffFile(path) as file:
-            page = file.pages[0]
+            page: Any = file.pages[0]
             if page.dtype is None or page.dtype.itemsize == 1 or page.dtype == np.bool_:
                 return None
-            pixels, planar = page.asarray(), page.axes.startswith("S")
+            check_size(path, page.imagewidth, page.imagelength)
+            pixels, alpha = read_wide_tiff(path, page)
+            tag = page.tags.get(ORIENTATION)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path} is not an image that can be read ({str(error)[:100]})") from error
-    if planar:
-        pixels = np.moveaxis(pixels, 0, -1)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if np.issubdtype(pixels.dtype, np.floating):
-        return pixels.astype(np.float32)
-    if pixels.dtype != np.uint16:
-        raise UserError(f"{path} has {pixels.dtype} pixels; save it with 8, 16 or 32-bit float ones")
-    return (pixels / 65535).astype(np.float32)
+    pixels = pixels if alpha is None else np.concatenate([pixels, alpha], -1)
+    pixels = orient(pixels, int(tag.value) if tag is not None else 1)
+    return pixels if pixels.dtype == np.float32 else (pixels / 65535).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from filtrun.data.base import Data
 from filtrun.data.hdr import read_image
-from filtrun.data.images import readable
+from filtrun.data.images import is_grey, readable
 from filtrun.data.split import Split, permutation
 from filtrun.errors import UserError
 from filtrun.options import opt
@@ -53,6 +54,10 @@ class ImageSet:
     @property
     def names(self) -> list[str]:
         return [p.name for p in self.pictures]
+
+    def grey(self, i: int) -> bool:
+        """Whether the file of image i, of a pair the target's, has one channel (and alpha)."""
+        return is_grey(self.pictures[i].files[-1])
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         return (self[i] for i in range(len(self)))
@@ -109,6 +114,8 @@ class ImageData(Data):
         self.image_size = self.patch  # type: ignore[misc]
         self._pictures_of: dict[str, list[Picture]] = {}
         self._image_sets: dict[str, ImageSet] = {}
+        self.sizes: dict[str, list[tuple[int, ...]]] = {}
+        """(H, W) of each image of a part, of a pair the target's; known once the set is set up."""
 
     def _pictures(self) -> dict[str, list[Picture]]:
         """The files: "train" and "test"; to be written by a data set."""
@@ -135,18 +142,23 @@ class ImageData(Data):
         Raises:
             UserError: naming the file that cannot be read, or the pair that differs in size.
         """
-        image = self._sized(read_image(picture.path, self.channels), 1)
+        image = read_image(picture.path, self.channels)
         if picture.target is None:
-            return image, None
-        target = self._sized(read_image(picture.target, self.channels), self.ratio)
-        wanted = tuple(n * self.ratio for n in image.shape[-2:])
-        if tuple(target.shape[-2:]) != wanted:
+            return self._sized(image, 1), None
+        target = read_image(picture.target, self.channels)
+        if self.square or not self.resize:  # the middles of two images that differ show other things
+            self._check_pair(picture, image, target)
+        image, target = self._sized(image, 1), self._sized(target, self.ratio)
+        self._check_pair(picture, image, target)
+        return image, target
+
+    def _check_pair(self, picture: Picture, image: Tensor, target: Tensor) -> None:
+        if tuple(target.shape[-2:]) != tuple(n * self.ratio for n in image.shape[-2:]):
             told = f"{self.ratio} times the size of " if self.ratio > 1 else "the size of "
             raise UserError(
                 f"{picture.target} is {target.shape[-2]}x{target.shape[-1]} pixels, but must be {told}{picture.path}, "
                 f"which is {image.shape[-2]}x{image.shape[-1]}"
             )
-        return image, target
 
     def _sized(self, image: Tensor, ratio: int) -> Tensor:
         if self.square:
@@ -156,7 +168,7 @@ class ImageData(Data):
         wanted = self.resize * ratio
         if wanted and min(image.shape[-2:]) != wanted:
             scale = wanted / min(image.shape[-2:])
-            size = [max(wanted, round(n * scale)) for n in image.shape[-2:]]
+            size = [max(wanted, round(n * scale / ratio) * ratio) for n in image.shape[-2:]]
             resized = F.interpolate(unit(image)[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
             image = (resized * 255).round().clamp(0, 255).byte() if image.dtype == torch.uint8 else resized.clamp(min=0)
         return image.contiguous()
@@ -173,6 +185,7 @@ class ImageData(Data):
                 aside = set(permutation(len(train), "val", self.name)[: self.val_images].tolist())
                 found["val"] = [p for i, p in enumerate(train) if i in aside]
                 found["train"] = [p for i, p in enumerate(train) if i not in aside]
+            _check_apart(found)
             self._pictures_of = found
         return self._pictures_of
 
@@ -197,6 +210,7 @@ class ImageData(Data):
     def _tiles(self, picture: Picture, number: int, most: int, part: str) -> Tensor:
         """(n, C or 2C, P, P): the grid of one training image, or `most` tiles of it; else the centre tile."""
         image, target = self.read(picture)
+        self.sizes.setdefault(part, []).append(tuple((image if target is None else target).shape[-2:]))
         if target is not None:
             larger = image.repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2)
             both = (larger, target) if larger.dtype == target.dtype else (unit(larger), unit(target))
@@ -236,6 +250,17 @@ class ImageData(Data):
             spread, middle = torch.std_mean(images.double(), dim=(0, 2, 3))
             self._stats = (middle.tolist(), spread.tolist())
         return self._stats
+
+
+def _check_apart(pictures: dict[str, list[Picture]]) -> None:
+    """Raise UserError for a file that is in two parts: what a model was trained on says nothing about it."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for part, some in pictures.items():
+        for path in (path for picture in some for path in picture.files):
+            other, first = seen.setdefault(os.path.realpath(path), (part, path))
+            if other != part:
+                told = f" (as {first})" if first != path else ""
+                raise UserError(f"{path} is both a {other} and a {part} image{told}; keep the parts disjoint")
 
 
 def _at_least(image: Tensor, side: int) -> Tensor:

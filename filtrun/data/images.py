@@ -16,6 +16,8 @@ from torch import Tensor
 from filtrun.errors import UserError
 
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm".split())
+MAX_PIXELS = 178_956_970
+"""Largest image, Pillow's own limit: above it a small file may be meant to fill the memory."""
 
 
 @contextmanager
@@ -25,6 +27,21 @@ def readable(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+
+
+def check_size(path: Path | str, width: int, height: int) -> None:
+    """Raise UserError for an image above `MAX_PIXELS`."""
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path} has {width}x{height} pixels; the most that is read is {MAX_PIXELS:,}")
+
+
+def orient(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """An array (H, W, ...) stored with EXIF orientation `turn` (1 to 8), upright; others leave it as it is."""
+    if turn in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
@@ -87,8 +104,12 @@ def decode(path: Path | str, channels: int | None = None, size: int | None = Non
     except PermissionError as error:
         raise UserError(f"cannot read {path}: permission denied") from error
     except Exception as error:  # decoders fail with OSError, SyntaxError, ValueError, struct.error, ...
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is not an image that can be read ({reason or type(error).__name__})") from error
+        with readable(path):
+            if not os.path.getsize(path):
+                raise UserError(f"{path} is empty (0 bytes)") from error
+        unknown = type(error).__name__ == "UnidentifiedImageError"  # its text is the path once more
+        reason = "of no known kind" if unknown else " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f"{path} is not an image that can be read ({reason})") from error
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
@@ -124,6 +145,17 @@ def _square(image: Any, size: int) -> Any:
         image = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, top = (wide - size) // 2, (high - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def is_grey(path: Path | str) -> bool:
+    """Whether an image file has one channel, or one and alpha, by its header; False where Pillow does not know it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    except Exception:
+        return False
 
 
 def decode_all(paths: Sequence[Path | str], channels: int, height: int, width: int, *, convert: bool) -> Tensor:

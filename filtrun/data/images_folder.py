@@ -79,10 +79,6 @@ class ImagesFolder(ImageData):
             train = pictures_in(parts["train"])
         else:
             train = photographs("train")
-        seen = {p.path.resolve() for p in train}
-        both = next((p.path for p in test if p.path.resolve() in seen), None)
-        if both is not None:
-            raise UserError(f"{both} is a training and a test image; data.train and data.root must not overlap")
         return {"train": train, "test": test}
 
     @classmethod

@@ -14,7 +14,8 @@ from filtrun.data.split import permutation
 from filtrun.errors import UserError, closest
 from filtrun.options import opt
 
-_TAGS = ("_input", "_target", "_gt", "_rainy", "_clean", "_noisy", "_hr", "_lr", "_expertc", "_in", "_out")
+_TARGETS = ("_target", "_gt", "_clean", "_hr", "_expertc", "_out")
+_TAGS = (*_TARGETS, "_input", "_rainy", "_noisy", "_lr", "_in")
 
 
 def pair_key(path: Path, folder: Path) -> str:
@@ -31,9 +32,12 @@ def matched(inputs: Path, targets: Path, keys: tuple[str, str] = ("data.input", 
         UserError: two files of one name, or an input without a target (names it and the closest target).
     """
     names: list[dict[str, Path]] = []
-    for folder in (inputs, targets):
+    together = inputs.resolve() == targets.resolve()
+    for wanted, folder in enumerate((inputs, targets)):
         found: dict[str, Path] = {}
         for path in find_images(folder):
+            if together and path.stem.lower().endswith(_TARGETS) != bool(wanted):
+                continue
             other = found.setdefault(pair_key(path, folder), path)
             if other != path:
                 raise UserError(f"{other} and {path} have the same name: one input needs one target")
@@ -163,7 +167,12 @@ class FiveK(PairData):
         small = [f for f in of_kind if "480p" in f.relative_to(folder).as_posix().lower()]
         large = [f for f in of_kind if f not in set(small)]
         wanted = (small or large) if self.resolution == "480p" else (large or small)
-        return {f.stem: f for f in wanted}
+        found: dict[str, Path] = {}
+        for path in wanted:
+            other = found.setdefault(path.stem, path)
+            if other != path:
+                raise UserError(f"{other} and {path} have the same name: one image of FiveK is needed once")
+        return found
 
     @classmethod
     def available(cls, root: str | None = None) -> tuple[bool, str]:
@@ -182,7 +191,8 @@ def _listed(root: Path, part: str) -> list[str]:
         path = root / file
         if path.is_file():
             with readable(path):
-                lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+                text = path.read_text(encoding="utf-8-sig", errors="replace")
+                lines = [line.strip() for line in text.splitlines()]
             names += [Path(line.split()[0]).stem for line in lines if line]
             if file == f"{part}.txt":
                 break

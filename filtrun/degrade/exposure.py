@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from filtrun.precision import full_precision
+
 
 def to_linear(x: Tensor) -> Tensor:
     """sRGB in [0, 1] -> linear light (IEC 61966-2-1); values above 1 go on along the curve."""
@@ -35,6 +37,7 @@ def restore(x: Tensor, stops: Tensor, gamma: Tensor, contrast: Tensor) -> Tensor
     return to_srgb(to_linear(x) / 2**stops)
 
 
+@full_precision
 def blur(x: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of images (N, C, H, W), `sigma` in pixels, three sigma wide; edges are repeated."""
     reach = max(1, round(3 * sigma))

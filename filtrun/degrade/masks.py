@@ -95,6 +95,19 @@ class MaskFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def check(self) -> None:
+        """Look at the header of every file. Raises UserError naming the first that is empty or no image."""
+        from PIL import Image
+
+        from filtrun.data.images import decode
+
+        for path in self.paths:
+            try:
+                with Image.open(path):
+                    pass
+            except Exception:
+                decode(path, 1)  # says what is wrong; some kinds of files only it can read
+
     def at(self, number: int, height: int, width: int) -> Tensor:
         key = (number % len(self), height, width)
         if key not in self._kept:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from filtrun.degrade.noise import rand
+from filtrun.precision import full_precision
 
 
 def line_kernels(length: Tensor, angle: Tensor, width: Tensor, size: int) -> Tensor:
@@ -27,6 +28,7 @@ def line_kernels(length: Tensor, angle: Tensor, width: Tensor, size: int) -> Ten
     return (inside * torch.exp(-across.square() / (2 * width.view(-1, 1, 1) ** 2)))[:, None]
 
 
+@full_precision
 def streaks(
     n: int,
     height: int,

@@ -34,6 +34,14 @@ class Prediction:
     x0: Tensor
     eps: Tensor
 
+    def x0_of_eps(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The clean image that `eps` stands for, x - sigma * eps: `x0` itself for a plain denoiser.
+
+        What multistep samplers store: under CFG++ it is the unconditional estimate.
+        """
+        scale = sigma if not isinstance(sigma, Tensor) else _like(sigma, x)
+        return x - scale * self.eps
+
 
 class Denoise(Protocol):
     """A denoiser as samplers and guidances see it.
@@ -112,7 +120,8 @@ class Denoiser:
         dtype: what the network computes in; the sampling state keeps its own.
 
     Attributes:
-        nfe: network calls per sample since the last ``reset()``, each condition counted once.
+        nfe: network calls per sample since the last ``reset()``, each condition counted once; a mean over the batch
+            where a guidance saves calls for some samples.
         null_id: the class id that stands for "no class".
 
     Raises:
@@ -147,7 +156,7 @@ class Denoiser:
         self.net, self.levels, self.prediction = net, levels, prediction
         self.num_classes, self.null_id, self.sigma_data = num_classes, num_classes, sigma_data
         self.label_dropout, self.weighting, self.clip, self.dtype = label_dropout, weighting, clip, dtype
-        self.nfe = 0
+        self.nfe: float = 0
 
     def reset(self) -> None:
         """Set the count of network calls to zero."""
@@ -158,13 +167,20 @@ class Denoiser:
         self.nfe += 1
         return self._predict(x, sigma, self._classes(cond, x))
 
-    def both(self, x: Tensor, sigma: Tensor | float, cond: Tensor) -> tuple[Prediction, Prediction]:
-        """Predictions for `cond` and for the null class from one network call on a doubled batch (2 evaluations)."""
-        self.nfe += 2
+    def both(
+        self, x: Tensor, sigma: Tensor | float, cond: Tensor, rows: Tensor | None = None
+    ) -> tuple[Prediction, Prediction]:
+        """Predictions for `cond` and for the null class from one network call on a doubled batch (2 evaluations).
+
+        With `rows` (M,) int64 the batch grows by these samples only (1 + M / N evaluations a sample), and the second
+        prediction has M samples.
+        """
         n = len(x)
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(n)
-        classes = torch.cat([self._classes(cond, x), self._classes(None, x)])
-        joint = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), classes)
+        again, sigma_again = (x, sigma) if rows is None else (x[rows], sigma[rows])
+        self.nfe += 1 + len(again) / n
+        classes = torch.cat([self._classes(cond, x), self._classes(None, again)])
+        joint = self._predict(torch.cat([x, again]), torch.cat([sigma, sigma_again]), classes)
         return Prediction(joint.x0[:n], joint.eps[:n]), Prediction(joint.x0[n:], joint.eps[n:])
 
     def loss(self, x0: Tensor, y: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:

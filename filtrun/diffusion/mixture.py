@@ -36,7 +36,7 @@ class Mixture:
         if self.means.shape != self.variances.shape or not len(self.weights) == len(self.means) == len(self.labels):
             raise UserError("a mixture needs weights (K,), means (K, D), variances (K, D) and labels (K,)")
         self.num_classes = self.null_id = int(self.labels.max()) + 1
-        self.nfe = 0
+        self.nfe: float = 0
 
     @classmethod
     def four_in_six(cls) -> Mixture:
@@ -50,10 +50,14 @@ class Mixture:
         self.nfe += 1
         return self._predict(x, sigma, cond)
 
-    def both(self, x: Tensor, sigma: Tensor | float, cond: Tensor) -> tuple[Prediction, Prediction]:
-        """Predictions for `cond` and for the null class."""
-        self.nfe += 2
-        return self._predict(x, sigma, cond), self._predict(x, sigma, None)
+    def both(
+        self, x: Tensor, sigma: Tensor | float, cond: Tensor, rows: Tensor | None = None
+    ) -> tuple[Prediction, Prediction]:
+        """Predictions for `cond` and for the null class, the latter for the samples `rows` (M,) only if given."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).expand(len(x))
+        again, sigma_again = (x, sigma) if rows is None else (x[rows], sigma[rows])
+        self.nfe += 1 + len(again) / len(x)
+        return self._predict(x, sigma, cond), self._predict(again, sigma_again, None)
 
     def log_density(self, x: Tensor, sigma: Tensor | float = 0.0, cond: Tensor | None = None) -> Tensor:
         """ln p(x | sigma, cond), (N,); the gradient in x is the score (D - x) / sigma^2."""

@@ -9,15 +9,17 @@ Nothing here waits for the device between steps. Call them under ``torch.no_grad
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from filtrun.diffusion.denoiser import Denoise, Prediction
-from filtrun.errors import UserError, unknown
-
-#: Called once per step, before the update, as callback(step, sigma, x, prediction).
-Callback = Callable[[int, Tensor, Tensor, Prediction], None]
+from filtrun.diffusion.denoiser import Denoise
+from filtrun.diffusion.guidance import begin, begin_step
+from filtrun.diffusion.multistep import dpmpp, unipc
+from filtrun.diffusion.second_order_ancestral import dpmpp_2s_ancestral
+from filtrun.diffusion.stepping import Callback, ancestral_step, checked_grid, fresh_noise
+from filtrun.errors import unknown
 
 
 def ddim(
@@ -33,8 +35,10 @@ def ddim(
 
     x' = x0 + sigma' * eps: first order, one evaluation per step. `generator` is not used.
     """
-    sigmas, _ = _grid(sigmas, x)
+    sigmas, _ = checked_grid(sigmas, x)
+    begin(denoise, sigmas)
     for i in range(len(sigmas) - 1):
+        x = begin_step(denoise, i, x, cond)
         now = denoise(x, sigmas[i], cond)
         if callback is not None:
             callback(i, sigmas[i], x, now)
@@ -61,8 +65,10 @@ def heun(
     With predictions whose x0 and eps disagree, the denoising direction is averaged from x0 and the renoising one from
     eps. `generator` is not used.
     """
-    sigmas, values = _grid(sigmas, x)
+    sigmas, values = checked_grid(sigmas, x)
+    begin(denoise, sigmas)
     for i in range(len(sigmas) - 1):
+        x = begin_step(denoise, i, x, cond)
         sigma, below = sigmas[i], sigmas[i + 1]
         now = denoise(x, sigma, cond)
         if callback is not None:
@@ -92,25 +98,37 @@ def ancestral(
     One evaluation per step. `generator` lives on any device; None draws from torch's global one. eta scales sigma_up;
     0 is `ddim`.
     """
-    sigmas, values = _grid(sigmas, x)
+    sigmas, values = checked_grid(sigmas, x)
+    begin(denoise, sigmas)
     for i in range(len(sigmas) - 1):
+        x = begin_step(denoise, i, x, cond)
         now = denoise(x, sigmas[i], cond)
         if callback is not None:
             callback(i, sigmas[i], x, now)
         down, up = ancestral_step(values[i], values[i + 1], eta)
         x = now.x0 + down * now.eps
         if up > 0:
-            x = x + up * _noise(x, generator)
+            x = x + up * fresh_noise(x, generator)
     return x
 
 
-def ancestral_step(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float, float]:
-    """(sigma_down, sigma_up) of an ancestral step: the posterior's noise q(x' | x, x0), at most sigma_next."""
-    up = min(sigma_next, eta * sigma_next * (max(sigma**2 - sigma_next**2, 0.0)) ** 0.5 / sigma)
-    return (sigma_next**2 - up**2) ** 0.5, up
-
-
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "euler": euler, "heun": heun, "ancestral": ancestral}
+SAMPLER_NAMES = (
+    "ddim", "euler", "heun", "ancestral", "dpmpp_1m", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_2s_ancestral",
+    "unipc", "unipc_1", "unipc_2", "unipc_3", "unipc_bh1", "unipc_bh1_1", "unipc_bh1_2", "unipc_bh1_3",
+)  # fmt: skip
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ddim": ddim,
+    "euler": euler,
+    "heun": heun,
+    "ancestral": ancestral,
+    **{f"dpmpp_{order}m": partial(dpmpp, order=order) for order in (1, 2, 3)},
+    "dpmpp_2s": partial(dpmpp_2s_ancestral, eta=0.0),
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "unipc": unipc,
+    **{f"unipc_{order}": partial(unipc, order=order) for order in (1, 2, 3)},
+    "unipc_bh1": partial(unipc, variant="bh1"),
+    **{f"unipc_bh1_{order}": partial(unipc, order=order, variant="bh1") for order in (1, 2, 3)},
+}
 
 
 def sampler(name: str) -> Callable[..., Tensor]:
@@ -118,16 +136,3 @@ def sampler(name: str) -> Callable[..., Tensor]:
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
     return SAMPLERS[name]
-
-
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-
-
-def _grid(sigmas: Tensor, x: Tensor) -> tuple[Tensor, list[float]]:
-    """Levels on x's device and, read once, as numbers (the only wait for the device)."""
-    values = sigmas.tolist()
-    if len(values) < 2 or any(a <= b for a, b in zip(values, values[1:], strict=False)) or values[-1] < 0:
-        raise UserError(f"sigmas must fall strictly and end at 0 or above; got {values[:8]}")
-    return sigmas.to(device=x.device, dtype=x.dtype), values

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from filtrun.errors import UserError, closest
+from filtrun.lut.curves import apply_curves
 from filtrun.lut.interpolation import apply_lut
 
 SIZES = {"LUT_3D_SIZE": (2, 256), "LUT_1D_SIZE": (2, 65536)}
@@ -44,16 +45,11 @@ class Cube:
     def apply(self, image: Tensor, interpolation: str = "trilinear") -> Tensor:
         """Colours of `image` (N, 3, H, W) through the table; a 1D table interpolates linearly in each channel."""
         if self.table.dim() == 4:
-            ends = {"domain_min": self.domain_min, "domain_max": self.domain_max}
-            return apply_lut(image, self.table.to(image.device), interpolation, **ends)
-        nodes = self.table.shape[1] - 1
+            table, low, high = self.table.to(image.device), self.domain_min, self.domain_max
+            return apply_lut(image, table, interpolation, domain_min=low, domain_max=high)
         curves = self.table.to(image.device, torch.promote_types(image.dtype, torch.float32))
-        low, high = (curves.new_tensor(ends).view(1, 3, 1, 1) for ends in (self.domain_min, self.domain_max))
-        place = ((image - low) / (high - low)).clamp(0, 1) * nodes
-        cell = place.detach().to(torch.int64).clamp_(0, nodes - 1)
-        rows = cell.transpose(0, 1).flatten(1)
-        start, end = (curves.gather(1, rows + k).view_as(cell.transpose(0, 1)).transpose(0, 1) for k in (0, 1))
-        return torch.lerp(start, end, place - cell).to(image.dtype)
+        start, end = (curves.new_tensor(ends).view(1, 3, 1, 1) for ends in (self.domain_min, self.domain_max))
+        return apply_curves((image - start) / (end - start), curves).to(image.dtype)
 
 
 def read_cube(path: str | os.PathLike[str]) -> Cube:

@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from filtrun.errors import UserError, unknown
-from filtrun.lut.schemes import SCHEMES, Scheme
+from filtrun.lut.lattice import Lattice
+from filtrun.lut.schemes import SCHEMES
 from filtrun.lut.workers import for_pieces
-
-CHUNK = 1 << 15
-"""Pixels a thread handles at a time: the corner values of a chunk stay in the cache."""
 
 
 def identity_lut(size: int, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
@@ -45,6 +43,7 @@ def apply_lut(
     *,
     domain_min: Sequence[float] = (0.0, 0.0, 0.0),
     domain_max: Sequence[float] = (1.0, 1.0, 1.0),
+    vertices: Tensor | None = None,
 ) -> Tensor:
     """Replace every colour of `image` by what the table says.
 
@@ -55,27 +54,34 @@ def apply_lut(
             colours; any other number of output channels works too.
         interpolation: "trilinear" (eight corners of a cell) or "tetrahedral" (four of them, greys stay grey).
         domain_min, domain_max: input values, by channel, of the first and the last node of an axis (.cube files).
+        vertices: where the nodes stand instead of at i / (D - 1): (3, D) for all images or (N, 3, D), rows for red,
+            green and blue, increasing (not checked); gradients flow to them too (AdaInt, CVPR 2022).
 
     Returns:
         (N, C, H, W) in the image's dtype; half precision is computed in float32. At a node the table's own value comes
-        back up to the rounding of ``value * (D - 1)``: bit for bit where that product is a whole number.
+        back up to the rounding of ``value * (D - 1)``: bit for bit where that product is a whole number, and always
+        at `vertices`.
 
     Raises:
-        UserError: shapes, dtype, interpolation or domain that do not fit.
+        UserError: shapes, dtype, interpolation, domain or vertices that do not fit.
     """
     _check(image, lut, interpolation, domain_min, domain_max)
     dtype = torch.promote_types(torch.promote_types(image.dtype, lut.dtype), torch.float32)
-    x, table = image.to(dtype), lut.to(dtype)
     low, high = list(domain_min), list(domain_max)
+    if vertices is not None:
+        _check_vertices(image, lut, vertices, low + high)
+        dtype = torch.promote_types(dtype, vertices.dtype)
+        vertices = vertices.to(dtype)
+    x, table = image.to(dtype), lut.to(dtype)
     if low != [0.0] * 3 or high != [1.0] * 3:
         start, end = (x.new_tensor(ends).view(1, 3, 1, 1) for ends in (low, high))
         x = (x - start) / (end - start)
     if x.numel() == 0:
         return x.new_empty(x.shape[0], lut.shape[-4], *x.shape[2:]).to(image.dtype)
-    if interpolation == "trilinear" and x.is_cuda:
+    if interpolation == "trilinear" and x.is_cuda and vertices is None:
         y = grid_lookup(x, table)
     else:
-        y = _Lookup.apply(x, table, interpolation)
+        y = _Lookup.apply(x, table, vertices, interpolation)
     return y.to(image.dtype)
 
 
@@ -93,6 +99,18 @@ def _check(image: Tensor, lut: Tensor, interpolation: str, low: Sequence[float],
         raise UserError(f"{lut.shape[0]} tables for {image.shape[0]} images: give one for each or one for all")
     if len(low) != 3 or len(high) != 3 or any(not a < b for a, b in zip(low, high, strict=True)):
         raise UserError(f"domain_min={list(low)} must be below domain_max={list(high)} in each of three channels")
+
+
+def _check_vertices(image: Tensor, lut: Tensor, vertices: Tensor, domain: list[float]) -> None:
+    if not vertices.is_floating_point() or vertices.dim() not in (2, 3) or vertices.shape[-2:] != (3, lut.shape[-1]):
+        raise UserError(
+            f"vertices of a 3D table with D={lut.shape[-1]} are float (3, D) or (N, 3, D), "
+            f"not {vertices.dtype} {tuple(vertices.shape)}"
+        )
+    if vertices.dim() == 3 and vertices.shape[0] != image.shape[0]:
+        raise UserError(f"{len(vertices)} sets of vertices for {len(image)} images: give one for each or one for all")
+    if domain != [0.0] * 3 + [1.0] * 3:
+        raise UserError("give either vertices or domain_min and domain_max: vertices say where an axis starts and ends")
 
 
 def grid_lookup(image: Tensor, lut: Tensor) -> Tensor:
@@ -113,49 +131,54 @@ class _Lookup(torch.autograd.Function):
     """Gather the corners and mix them, a chunk of pixels at a time; the backward pass gathers them again."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, lut: Tensor, interpolation: str) -> Tensor:
-        ctx.save_for_backward(image, lut)
+    def forward(ctx: Any, image: Tensor, lut: Tensor, vertices: Tensor | None, interpolation: str) -> Tensor:
+        ctx.save_for_backward(image, lut, vertices)
         ctx.interpolation = interpolation
-        scheme, cells = SCHEMES[interpolation], _Cells(image, lut)
+        scheme, lattice = SCHEMES[interpolation], Lattice(image, lut, vertices)
         tables, pixels = _flat_tables(lut), _flat_pixels(image)
         out = image.new_empty(len(tables), pixels.shape[1])
 
         def look_up(start: int, end: int) -> None:
-            index, fractions = cells.corners(pixels, start, end, scheme)
+            cell, fractions = lattice.locate(pixels, start, end)
+            index = lattice.corners(cell, fractions, start, scheme)
             blend, flat = scheme.blend(fractions), index.view(-1)
             for table, row in zip(tables, out, strict=True):
                 row[start:end] = scheme.mix(table.index_select(0, flat).view(index.shape), blend)
 
-        for_pieces(look_up, pixels.shape[1], cells.step, parallel=not image.is_cuda)
+        for_pieces(look_up, pixels.shape[1], lattice.step, parallel=not image.is_cuda)
         return out.view(len(tables), image.shape[0], *image.shape[2:]).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        image, lut = ctx.saved_tensors
-        scheme, cells = SCHEMES[ctx.interpolation], _Cells(image, lut)
-        wants_image, wants_lut = ctx.needs_input_grad[:2]
+        image, lut, vertices = ctx.saved_tensors
+        scheme, lattice = SCHEMES[ctx.interpolation], Lattice(image, lut, vertices)
+        wants_image, wants_lut, wants_vertices = ctx.needs_input_grad[:3]
         tables, pixels = _flat_tables(lut), _flat_pixels(image)
         upstream = grads[0].transpose(0, 1).reshape(len(tables), -1)
         to_pixels = torch.empty_like(pixels)
         count = pixels.shape[1]
-        # every thread adds up its own share of the table's gradient
-        share = count if image.is_cuda else max(cells.step, -(-count // torch.get_num_threads()))
-        to_tables = torch.zeros(-(-count // share), *tables.shape, dtype=lut.dtype, device=lut.device)
+        # every thread adds up its own share of the gradients of table and vertices
+        share = count if image.is_cuda else max(lattice.step, -(-count // torch.get_num_threads()))
+        shares = -(-count // share)
+        to_tables = tables.new_zeros(shares, *tables.shape)
+        to_vertices = None if lattice.vertices is None else tables.new_zeros(shares, *lattice.vertices.shape)
 
         def spread(first: int, last: int) -> None:
-            for start in range(first, last, cells.step):
-                end = min(start + cells.step, last)
-                index, fractions = cells.corners(pixels, start, end, scheme)
+            for start in range(first, last, lattice.step):
+                end = min(start + lattice.step, last)
+                cell, fractions = lattice.locate(pixels, start, end)
+                index = lattice.corners(cell, fractions, start, scheme)
                 incoming, flat = upstream[:, start:end], index.view(-1)
-                if wants_image:
+                if wants_image or wants_vertices:
                     # slopes are linear in the values, so the upstream gradient can be mixed in before
                     values = torch.zeros(index.shape, dtype=pixels.dtype, device=pixels.device)
                     for table, grad in zip(tables, incoming, strict=True):
                         values.addcmul_(table.index_select(0, flat).view(index.shape), grad)
-                    part = pixels[:, start:end]
-                    inside = (part >= 0) & (part <= 1)
-                    to_pixels[:, start:end] = scheme.slopes(values, fractions).mul_(cells.size - 1).mul_(inside)
+                    slopes = lattice.slopes_in_colour(scheme.slopes(values, fractions), pixels, cell, start)
+                    to_pixels[:, start:end] = slopes
+                    if to_vertices is not None and wants_vertices:
+                        lattice.add_to_vertices(to_vertices[first // share], slopes, cell, fractions, start)
                 if wants_lut:
                     weights = scheme.weights(fractions)
                     for row, grad in zip(to_tables[first // share], incoming, strict=True):
@@ -163,12 +186,14 @@ class _Lookup(torch.autograd.Function):
 
         for_pieces(spread, count, share, parallel=not image.is_cuda)
         grad_image = to_pixels.view(3, image.shape[0], *image.shape[2:]).transpose(0, 1) if wants_image else None
-        grad_lut = None
+        grad_lut = grad_vertices = None
         if wants_lut:
             total = to_tables.sum(dim=0)
             grad_lut = total.view(lut.shape) if lut.dim() == 4 else total.view(-1, *lut.shape[:1], *lut.shape[2:])
             grad_lut = grad_lut if lut.dim() == 4 else grad_lut.transpose(0, 1)
-        return grad_image, grad_lut, None
+        if to_vertices is not None and wants_vertices:
+            grad_vertices = to_vertices.sum(dim=0).view(vertices.shape)
+        return grad_image, grad_lut, grad_vertices, None
 
 
 def _flat_pixels(image: Tensor) -> Tensor:
@@ -179,26 +204,3 @@ def _flat_pixels(image: Tensor) -> Tensor:
 def _flat_tables(lut: Tensor) -> Tensor:
     """(C, D^3), or (C, N D^3) with the tables of all images one after the other."""
     return (lut if lut.dim() == 4 else lut.transpose(0, 1)).reshape(lut.shape[-4], -1)
-
-
-class _Cells:
-    """Where the pixels of `image` lie in the table or tables `lut`."""
-
-    def __init__(self, image: Tensor, lut: Tensor):
-        self.size = lut.shape[-1]
-        self.step = CHUNK if not image.is_cuda else 1 << 22
-        self.own_tables = lut.dim() == 5 and lut.shape[0] > 1
-        self.area = image.shape[2] * image.shape[3]
-        self.kind = torch.int64 if lut.numel() >= 2**31 else torch.int32
-
-    def corners(self, pixels: Tensor, start: int, end: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
-        """For pixels `start` to `end`: corner index (K, P) into the flat tables, fractions in the cell (3, P)."""
-        place = pixels[:, start:end].clamp(0, 1).mul_(self.size - 1)
-        # NaN has no cell: the clamp of the integers keeps the index in bounds, and the fraction carries the NaN on
-        cell = place.to(torch.int32).clamp_(0, self.size - 2)
-        fractions = place.sub_(cell)
-        first = (cell[2] * self.size + cell[1]).mul_(self.size).add_(cell[0]).to(self.kind)
-        if self.own_tables:
-            owner = torch.arange(start, end, device=pixels.device).div_(self.area, rounding_mode="floor")
-            first += (owner * self.size**3).to(self.kind)
-        return scheme.corners(fractions, self.size) + first, fractions

@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from filtrun.errors import UserError
+from filtrun.precision import full_precision
 
 PSNR_LIMIT = 100.0
 """dB given to identical images, whose PSNR is infinite."""
 
+SSIM_WINDOW = 11
+"""Side of the window of SSIM in pixels."""
 STUDIO = (65.481, 128.553, 24.966)
 MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -35,11 +38,18 @@ def luma(x: Tensor) -> Tensor:
     return (16 + (x * weights).sum(1, keepdim=True)) / 255
 
 
+def full_range(y: Tensor) -> Tensor:
+    """Studio-range luma (see `luma`) stretched: black is 0, white 1."""
+    return (255 * y - 16) / sum(STUDIO)
+
+
+@full_precision
 def ycbcr(x: Tensor) -> Tensor:
     """RGB (N, 3, H, W) in [0, 1] -> studio-range YCbCr / 255 (BT.601)."""
     return torch.einsum("dc,nchw->ndhw", _matrix(x), x) + _offset(x)
 
 
+@full_precision
 def from_ycbcr(x: Tensor) -> Tensor:
     """Inverse of `ycbcr`, not clipped."""
     return torch.einsum("dc,nchw->ndhw", torch.linalg.inv(_matrix(x).double()).to(x.dtype), x - _offset(x))
@@ -94,7 +104,10 @@ def _window(size: int, sigma: float, dtype: torch.dtype, device: torch.device) -
     return (g / g.sum()).to(device, dtype)
 
 
-def ssim_maps(x: Tensor, y: Tensor, peak: float = 1.0, size: int = 11, sigma: float = 1.5) -> tuple[Tensor, Tensor]:
+@full_precision
+def ssim_maps(
+    x: Tensor, y: Tensor, peak: float = 1.0, size: int = SSIM_WINDOW, sigma: float = 1.5
+) -> tuple[Tensor, Tensor]:
     """Local SSIM, and its contrast-structure part, each (N, C, H - size + 1, W - size + 1); differentiable.
 
     Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004, eq. 13, with its

@@ -23,7 +23,7 @@ PREFIXES = ("module.", "_orig_mod.")  # what DataParallel / DDP and torch.compil
 HEAD_NAMES = ("linear", "head", "fc", "classifier", "logits")
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_state(path: str | os.PathLike[str], nested: bool = False) -> dict[str, torch.Tensor]:
     """Read the state dict in a weights file, on the CPU.
 
     A state dict under one of the keys "state_dict", "model" or "model_state_dict" is taken out, and a "module." or
@@ -31,6 +31,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
     Args:
         path: ``.safetensors``, or ``.pt``, ``.pth``, ``.th``, ``.bin``, ``.ckpt`` written by ``torch.save``.
+        nested: the file holds state dicts by name; their tensors come as ``name.tensor``.
 
     Raises:
         UserError: the file is missing, is a folder, has another suffix, is damaged, or holds more than tensors.
@@ -51,6 +52,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
             break
+    if nested and isinstance(state, Mapping) and all(isinstance(part, Mapping) for part in state.values()):
+        state = {f"{name}.{key}": tensor for name, part in state.items() for key, tensor in part.items()}
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict: expected names with tensors, also under {', '.join(WRAPPERS)}")
     return _without_prefixes({str(name): tensor for name, tensor in state.items()})

@@ -7,6 +7,7 @@ Real-time", TPAMI 2020 (arXiv 2009.14468), code HuiZeng/Image-Adaptive-3DLUT.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -128,16 +129,23 @@ class LUT3D(nn.Module):
 
     @classmethod
     def from_official(cls, path: str | os.PathLike[str]) -> LUT3D:
-        """The model with released weights in a file, in evaluation mode and with their cell size.
+        """The model with released weights, in evaluation mode and with their cell size.
 
-        Names of the released code (``LUT0.LUT``, ``model.1.weight``) are understood beside the model's own.
+        Args:
+            path: a file, where names of the released code (``LUT0.LUT``, ``model.1.weight``) are understood beside the
+                model's own, or a folder with the two released files, LUTs.pth and classifier.pth.
 
         Raises:
-            UserError: the file cannot be read, or does not hold such a model.
+            UserError: a file cannot be read, or does not hold such a model.
         """
         from filtrun.models.checkpoint import read_state
 
-        state = {_own_name(name): tensor for name, tensor in read_state(path).items()}
+        if Path(path).expanduser().is_dir():
+            files = [Path(path).expanduser() / name for name in ("LUTs.pth", "classifier.pth")]
+            found = {**read_state(files[0], nested=True), **read_state(files[1])}
+        else:
+            found = read_state(path)
+        state = {_own_name(name): tensor for name, tensor in found.items()}
         luts = sum(name.startswith("lut") for name in state)
         if "lut0" not in state or "classifier.model.1.weight" not in state:
             raise UserError(f"{path} does not hold an image-adaptive 3D LUT model: no lut0 or no classifier in it")
@@ -147,8 +155,8 @@ class LUT3D(nn.Module):
 
 
 def _own_name(name: str) -> str:
-    if name.startswith("LUT") and name.endswith(".LUT"):
-        return "lut" + name[3:-4]
+    if name.endswith(".LUT"):
+        return "lut" + name.removeprefix("LUT")[:-4]
     return f"classifier.{name}" if name.startswith("model.") else name
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from filtrun.data.hdr import read_image
+from filtrun.data.images import MAX_PIXELS, check_size, orient
+from filtrun.data.png16 import png16_values
+from filtrun.data.wide_tiff import read_wide_tiff
 from filtrun.errors import UserError
 from filtrun.photo import exif as exif_tags
-from filtrun.photo.wide import read_png16_values, read_wide_tiff
 
-MAX_PIXELS = 178_956_970
-"""Largest image, Pillow's own limit: above it a small file may be meant to fill the memory."""
 TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -84,12 +84,6 @@ def read_photo(path: Path) -> Photo:
         raise UserError(f"{path} is not an image that can be read ({reason or type(error).__name__})") from error
 
 
-def check_size(path: Path, width: int, height: int) -> None:
-    """Raise UserError for an image above `MAX_PIXELS`."""
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{path} has {width}x{height} pixels; the most that is read is {MAX_PIXELS:,}")
-
-
 def _read(path: Path) -> Photo:
     suffix = path.suffix.lower()
     with path.open("rb") as file:
@@ -120,13 +114,18 @@ def _read_pillow(path: Path, *, wide: bool) -> Photo:
         dpi = image.info.get("dpi")
         notes = [*lost, *([f"only the first of its {frames} images"] if frames > 1 and image.format != "MPO" else [])]
         if wide:
-            pixels, alpha = read_png16_values(path)
+            pixels, alpha = split_alpha(png16_values(path, upright=False))
         else:
             pixels, alpha, same_colours = _eight_bit(image, icc)
             icc = icc if same_colours else None
     upright = [None if a is None else np.ascontiguousarray(orient(a, turn)) for a in (pixels, alpha)]
     assert upright[0] is not None
     return Photo(path, upright[0], upright[1], tags, icc, _dpi(dpi, turn), notes)
+
+
+def split_alpha(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(H, W, 1 to 4) as (pixels of 1 or 3 channels, alpha or None)."""
+    return (values[..., :-1], values[..., -1:]) if values.shape[-1] in (2, 4) else (values, None)
 
 
 def _tags(image: Any) -> tuple[dict[int, Any], int, list[str]]:
@@ -147,15 +146,6 @@ def _dpi(value: Any, turn: int) -> tuple[float, float] | None:
     if not (0 < across < 1e6 and 0 < down < 1e6):
         return None
     return (down, across) if turn >= 5 else (across, down)
-
-
-def orient(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """An array (H, W, ...) stored with EXIF orientation `turn` (1 to 8), upright."""
-    if turn >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if turn in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
 
 
 def _eight_bit(image: Any, icc: bytes | None) -> tuple[np.ndarray, np.ndarray | None, bool]:

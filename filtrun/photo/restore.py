@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TINY = 64
 """Sides up to this may be too small for a network; it is then given that many pixels."""
 LONG = 1024
-"""Images with a longer side are enlarged in tiles: a bicubic matrix for all of a side would fill the memory."""
+"""Images with a longer side are enlarged in tiles: the features of a network for all of it would fill the memory."""
 
 
 def as_input(photo: Photo, *, display: bool) -> tuple[Tensor, float]:
@@ -151,5 +151,5 @@ def as_output(
     alpha = torch.from_numpy(photo.alpha.astype(np.float32) / photo.peak).permute(2, 0, 1)[None]
     ratio = pixels.shape[0] // photo.size[0]
     if ratio > 1:
-        alpha = _enlarged(lambda piece: imresize(piece, ratio, 1), alpha, ratio).clamp(0, 1)
+        alpha = imresize(alpha, ratio, 1).clamp(0, 1)
     return pixels, quantise(alpha[0].permute(1, 2, 0).numpy(), kind)

@@ -5,13 +5,24 @@ A card is a mapping with these keys; those marked * may be left out:
     title, link, year, family     the paper; `family` is the package of its method (peft, pruning, ...)
     venue*, abstract              where it appeared; what it claims, in our words
     methods*                      the configs of conf/method that are the paper's own (default: the card's name)
+    tuning*                       how the options of the rows were chosen, and whether all had the same effort
+    gallery*                      {table*, row*, metric*, baseline*}: the paper's line in the table of all papers
+                                  (default: the first table, its row named like the card or first row, its first
+                                  metric, the first other row)
     tables:                       a list of
       name, title, setting        `setting` says in one line what is trained on what
       rows                        {row: [override, ...]}: what is compared
-      scales                      {smoke | laptop | paper: {seeds: [int, ...], overrides*: [override, ...]}}
-      metrics                     {split/name: lower | higher}: which way is better
+      scales                      {smoke | laptop | paper: {seeds: [int, ...], overrides*: [override, ...],
+                                  rows*: {row: [override, ...]}}}; `rows` adds to single rows at this scale only
+      metrics                     {split/name: lower | higher}: which way is better; besides the metrics of a run,
+                                  cost/NAME and report/NAME are what its record holds under cost and report
+      tuning*                     as above, for this table
       published*                  a list of {setting, source, better: {metric: lower | higher},
-                                  rows: {row: {metric: number}}}: the paper's numbers and what they were measured on
+                                  rows: {row: {metric: number}}, same*: [scale, ...]}: the paper's numbers, what they
+                                  were measured on, and the scales of this table whose setting is the same
+      measured*                   a list of {scale, date, device, seeds: [int, ...], note*,
+                                  rows: {row: {metric: [value per seed, ...]}}}: what was measured here, written by
+                                  `filtrun table PAPER --write-card`
     claims:                       a list of
       claim                       "metric(row) better than metric(row) by margin"; the margin is in the metric's unit,
                                   or a percentage of the second value; a negative one allows to be worse by that much
@@ -21,110 +32,36 @@ A card is a mapping with these keys; those marked * may be left out:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filtrun.errors import UserError, closest
+from filtrun.errors import closest
+from filtrun.report.card_parts import (
+    SCALES,
+    Card,
+    Cell,
+    Claim,
+    GalleryCell,
+    Measured,
+    Published,
+    Scale,
+    Table,
+)  # fmt: skip
+from filtrun.report.node import Node
 
-SCALES = ("smoke", "laptop", "paper")
-DIRECTIONS = ("lower", "higher")
+__all__ = ["SCALES", "Card", "Cell", "Claim", "GalleryCell", "Measured", "Published", "Scale", "Table", "make_card",
+           "read_card"]  # fmt: skip
+
 _CLAIM = re.compile(
     r"(?P<metric>[a-z]+/[a-z0-9_@]+)\((?P<better>[\w.-]+)\) better than "
     r"(?P<same>[a-z]+/[a-z0-9_@]+)\((?P<than>[\w.-]+)\) by (?P<margin>-?\d+(?:\.\d+)?)(?P<percent> ?%)?"
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of a table: its row, its seed and the overrides that make it."""
-
-    row: str
-    seed: int
-    overrides: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How a table is run at one scale: the seeds of every row, and overrides shared by all rows."""
-
-    seeds: tuple[int, ...]
-    overrides: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Published:
-    """Numbers as the paper gives them: `rows` maps a row's name to {metric: number}."""
-
-    setting: str
-    source: str
-    better: dict[str, str]
-    rows: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A grid of runs: every row with every seed, at each of its scales."""
-
-    name: str
-    title: str
-    setting: str
-    rows: dict[str, tuple[str, ...]]
-    scales: dict[str, Scale]
-    metrics: dict[str, str]
-    published: tuple[Published, ...] = ()
-
-    def cells(self, scale: str) -> list[Cell]:
-        """The runs at one scale, row by row; empty when the table has no such scale."""
-        if scale not in self.scales:
-            return []
-        how = self.scales[scale]
-        return [
-            Cell(row, seed, (*how.overrides, *overrides, f"scale={scale}", f"seed={seed}"))
-            for row, overrides in self.rows.items()
-            for seed in how.seeds
-        ]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`metric` of row `better` beats that of row `than` by `margin` (of the metric's unit, or `relative`: a share)."""
-
-    text: str
-    metric: str
-    better: str
-    than: str
-    margin: float
-    relative: bool
-    table: str
-    says: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """A paper; `slug` is the file's name."""
-
-    slug: str
-    title: str
-    link: str
-    year: int
-    family: str
-    abstract: str
-    methods: tuple[str, ...]
-    tables: tuple[Table, ...]
-    claims: tuple[Claim, ...]
-    venue: str = ""
-
-    def table(self, name: str) -> Table:
-        """The table of that name."""
-        return next(t for t in self.tables if t.name == name)
-
-
 def make_card(slug: str, values: Any) -> Card:
     """A checked card from what its YAML holds. Raises UserError naming the file and the key that is wrong."""
-    node = _Node(values, f"paper/{slug}.yaml")
+    node = Node(values, f"paper/{slug}.yaml")
     tables = tuple(_table(item) for item in node.items("tables"))
     if len({t.name for t in tables}) != len(tables):
         raise node.error("tables", "has two tables of one name")
@@ -132,7 +69,8 @@ def make_card(slug: str, values: Any) -> Card:
     made = Card(
         slug=slug, title=node.text("title"), link=node.text("link"), year=node.number("year"),
         family=node.text("family"), abstract=" ".join(node.text("abstract").split()), venue=node.text("venue", ""),
-        methods=node.texts("methods", [slug]), tables=tables, claims=claims,
+        methods=node.texts("methods", [slug]), tables=tables, claims=claims, tuning=_line(node, "tuning"),
+        gallery=_gallery(node, slug, tables),
     )  # fmt: skip
     if not made.link.startswith("https://"):
         raise node.error("link", "must start with https://")
@@ -140,86 +78,77 @@ def make_card(slug: str, values: Any) -> Card:
     return made
 
 
-@dataclass
-class _Node:
-    """A mapping of a card that remembers which keys were read and where it is."""
-
-    values: Any
-    where: str
-    read: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.values, Mapping):
-            raise UserError(f"{self.where} must be a mapping of keys, not {self.values!r}")
-
-    def error(self, key: str, problem: str) -> UserError:
-        return UserError(f"{self.where}: {key} {problem}")
-
-    def get(self, key: str, kind: type | tuple[type, ...], wanted: str, default: Any = None) -> Any:
-        self.read.add(key)
-        value = self.values.get(key, default)
-        if value is None:
-            raise self.error(key, "is missing")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.error(key, f"must be {wanted}, not {value!r}")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        return self.get(key, str, "text", default)
-
-    def number(self, key: str) -> int:
-        return self.get(key, int, "a whole number")
-
-    def texts(self, key: str, default: list[str] | None = None) -> tuple[str, ...]:
-        found = self.get(key, list, "a list of texts", default)
-        if not all(isinstance(item, str) for item in found):
-            raise self.error(key, f"must be a list of texts, not {found!r}")
-        return tuple(found)
-
-    def items(self, key: str, default: list[Any] | None = None) -> list[_Node]:
-        found = self.get(key, list, "a list", default)
-        return [_Node(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(found)]
-
-    def nodes(self, key: str) -> dict[str, _Node]:
-        found = self.get(key, dict, "a mapping")
-        return {str(name): _Node(item, f"{self.where}: {key}.{name}") for name, item in found.items()}
-
-    def directions(self, key: str) -> dict[str, str]:
-        found = self.get(key, dict, "a mapping of metrics to lower or higher")
-        for name, better in found.items():
-            if better not in DIRECTIONS:
-                raise self.error(f"{key}.{name}", f"must be lower or higher, not {better!r}")
-        return dict(found)
-
-    def done(self) -> None:
-        """Raise UserError when there is a key that nothing reads."""
-        for key in self.values:
-            if key not in self.read:
-                raise self.error(str(key), f"is no key of a card{closest(key, self.read)}")
-
-
-def _table(node: _Node) -> Table:
+def _table(node: Node) -> Table:
     rows = node.get("rows", dict, "a mapping of rows to overrides")
-    overrides = _Node(rows, f"{node.where}: rows")
+    overrides = Node(rows, f"{node.where}: rows")
     scales = {}
     for name, inner in node.nodes("scales").items():
         if name not in SCALES:
             raise node.error("scales", f"has {name!r}; choose from {', '.join(SCALES)}{closest(name, SCALES)}")
-        seeds = inner.get("seeds", list, "a list of whole numbers")
-        if not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
-            raise inner.error("seeds", f"must be a list of whole numbers, not {seeds!r}")
-        scales[name] = Scale(tuple(seeds), inner.texts("overrides", []))
+        own = Node(inner.get("rows", dict, "a mapping of rows to overrides", {}), f"{inner.where}: rows")
+        for row in own.values:
+            if row not in rows:
+                raise inner.error("rows", f"names no row {row!r} of the table{closest(row, rows)}")
+        more = {str(row): own.texts(row) for row in own.values}
+        scales[name] = Scale(inner.seeds("seeds"), inner.texts("overrides", []), more)
         inner.done()
+    if not rows:
+        raise node.error("rows", "is empty")
+    made_rows, metrics = {str(row): overrides.texts(row) for row in rows}, node.directions("metrics")
+    measured = tuple(_measured(item, scales, made_rows, metrics) for item in node.items("measured", []))
+    if len({m.scale for m in measured}) != len(measured):
+        raise node.error("measured", "has two entries of one scale")
     made = Table(
-        name=node.text("name"), title=node.text("title"), setting=node.text("setting"),
-        rows={str(row): overrides.texts(row) for row in rows}, scales=scales, metrics=node.directions("metrics"),
-        published=tuple(_published(item) for item in node.items("published", [])),
+        name=node.text("name"), title=node.text("title"), setting=node.text("setting"), rows=made_rows, scales=scales,
+        metrics=metrics, published=tuple(_published(item) for item in node.items("published", [])), measured=measured,
+        tuning=_line(node, "tuning"),
     )  # fmt: skip
     node.done()
     return made
 
 
-def _published(node: _Node) -> Published:
+def _line(node: Node, key: str) -> str:
+    return " ".join(node.text(key, "").split())
+
+
+def _measured(node: Node, scales: Iterable[str], rows: Iterable[str], metrics: Iterable[str]) -> Measured:
+    import datetime
+
+    date = node.get("date", (str, datetime.date), "a date such as 2026-01-31")
+    seeds = node.seeds("seeds")
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    for row, inner in node.nodes("rows").items():
+        if row not in rows:
+            raise node.error("rows", f"names no row {row!r} of the table{closest(row, rows)}")
+        found[row] = {}
+        for name in inner.values:
+            values = inner.get(name, list, "a list of numbers")
+            if name not in metrics:
+                raise inner.error(str(name), f"is no metric of the table{closest(name, metrics)}")
+            if len(values) != len(seeds) or not all(type(v) in (int, float) for v in values):
+                raise inner.error(str(name), f"must hold {len(seeds)} numbers, one for each seed, not {values!r}")
+            found[row][str(name)] = tuple(map(float, values))
+    scale = node.name_of("scale", "scale of the table", scales)
+    made = Measured(scale, str(date), node.text("device"), seeds, found, _line(node, "note"))
+    node.done()
+    return made
+
+
+def _gallery(node: Node, slug: str, tables: Sequence[Table]) -> GalleryCell | None:
+    if not tables:
+        return None
+    inner = Node(node.get("gallery", dict, "a mapping", {}), f"{node.where}: gallery")
+    name = inner.name_of("table", "table", [t.name for t in tables], tables[0].name)
+    table = next(t for t in tables if t.name == name)
+    row = inner.name_of("row", "row of the table", table.rows, slug if slug in table.rows else next(iter(table.rows)))
+    metric = inner.name_of("metric", "metric of the table", table.metrics, next(iter(table.metrics), ""))
+    other = next((r for r in table.rows if r != row), row)
+    made = GalleryCell(name, row, metric, inner.name_of("baseline", "row of the table", table.rows, other))
+    inner.done()
+    return made
+
+
+def _published(node: Node) -> Published:
     better, rows = node.directions("better"), {}
     for row, inner in node.nodes("rows").items():
         for name in inner.values:
@@ -227,12 +156,16 @@ def _published(node: _Node) -> Published:
             if name not in better:
                 raise inner.error(str(name), f"has no direction in better{closest(name, better)}")
         rows[row] = {str(name): float(value) for name, value in inner.values.items()}
-    made = Published(node.text("setting"), node.text("source"), better, rows)
+    same = node.texts("same", [])
+    for scale in same:
+        if scale not in SCALES:
+            raise node.error("same", f"has {scale!r}; choose from {', '.join(SCALES)}{closest(scale, SCALES)}")
+    made = Published(node.text("setting"), node.text("source"), better, rows, same)
     node.done()
     return made
 
 
-def _claim(node: _Node, tables: Mapping[str, Table]) -> Claim:
+def _claim(node: Node, tables: Mapping[str, Table]) -> Claim:
     text, name = node.text("claim"), node.text("table")
     found = _CLAIM.fullmatch(text)
     if found is None or found["metric"] != found["same"]:

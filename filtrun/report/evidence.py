@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filtrun.report.judge import NOT_RUN, REAL_SCALES, Verdict, count_verdicts, judge, judge_card, measured_scale
+
 if TYPE_CHECKING:
     from filtrun.catalogue import Entry
     from filtrun.report.card import Card, Cell
@@ -30,9 +32,26 @@ def finished_records(root: Path | str = "outputs") -> list[dict[str, Any]]:
     return found
 
 
+def measured(record: Mapping[str, Any] | None, metric: str) -> float | None:
+    """A number of a record by name: ``test/fid`` of its metrics, ``cost/flops``, or ``report/sparsity`` of a method."""
+    if record is None:
+        return None
+    split, _, name = metric.partition("/")
+    if split == "cost":
+        value = (record.get("cost") or {}).get(name)
+    elif split == "report":
+        reports = [r for r in (record.get("report") or {}).values() if isinstance(r, Mapping)]
+        value = next((r[name] for r in reports if name in r), None)
+    else:
+        value = (record.get("metrics") or {}).get(metric)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
+        return None
+    return float(value)
+
+
 def is_run_of(record: Mapping[str, Any], cell: Cell) -> bool:
     """Whether a record is a run of the cell: every override of the cell holds, and nothing else was set."""
-    wanted = _pairs(cell.overrides)
+    wanted = {key: value.replace("${seed}", str(cell.seed)) for key, value in _pairs(cell.overrides).items()}
     extra = {key for key in _pairs(record.get("overrides") or ()) if key not in wanted}
     if any(key.split(".")[0] not in NEUTRAL and key != "data.root" for key in extra):
         return False
@@ -59,20 +78,43 @@ class Claims:
         return self._by_method.get(entry.name) if entry.kind == "methods" else None
 
     def status(self, entry: Entry) -> str:
-        """``implemented`` (no claim to test), ``claim not run``, ``claim run`` or how much of it is run.
+        """``implemented`` (no claim to test), ``holds 1/2 (laptop)``, ``not run`` or how much of it is run.
 
-        Smoke runs do not count: their numbers mean nothing.
+        Judged by the numbers in the card, else by the runs below the output folder. Smoke runs do not count: their
+        numbers mean nothing.
         """
         if entry.problem:
             return "unreadable"
         card = self.card(entry)
         if card is None or not card.claims:
             return "implemented"
-        counts = [self.runs(card, scale) for scale in ("laptop", "paper")]
-        done, needed = max(counts, key=lambda c: c[0] / c[1] if c[1] else 0.0)
+        scale = measured_scale(card)
+        if scale:
+            return f"holds {count_verdicts(judge_card(card, scale))} ({scale})"
+        counts = {scale: self.runs(card, scale) for scale in REAL_SCALES}
+        scale = max(counts, key=lambda s: counts[s][0] / counts[s][1] if counts[s][1] else 0.0)
+        done, needed = counts[scale]
         if not done:
-            return "claim not run"
-        return "claim run" if done == needed else f"{done} of {needed} runs"
+            return NOT_RUN
+        if done < needed:
+            return f"{done} of {needed} runs"
+        return f"holds {count_verdicts(self.verdicts(card, scale))} ({scale})"
+
+    def verdicts(self, card: Card, scale: str) -> list[Verdict]:
+        """The verdicts of a card's claims by the runs below the output folder."""
+        found = []
+        for claim in card.claims:
+            table = card.table(claim.table)
+            values: dict[str, dict[int, float]] = {claim.better: {}, claim.than: {}}
+            for cell in table.cells(scale):
+                record = next((r for r in self._like(cell) if is_run_of(r, cell)), None) if cell.row in values else None
+                value = measured(record, claim.metric)
+                if value is not None:
+                    values[cell.row][cell.seed] = value
+            seeds = table.scales[scale].seeds if scale in table.scales else ()
+            better, than = values[claim.better], values[claim.than]
+            found.append(judge(claim, table.metrics[claim.metric], better, than, seeds))
+        return found
 
     def runs(self, card: Card, scale: str) -> tuple[int, int]:
         """(runs done, runs needed) of all tables of a card at one scale."""

@@ -165,6 +165,22 @@ class _Result:
         for key, title, form, meaning in named:
             if cost.get(key) is not None and not (key == "train_seconds" and not cost.get("steps")):
                 rows.append((title, form(cost[key]), meaning))
+        return rows + self.saved_rows(cost)
+
+    def saved_rows(self, cost: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+        """What pruning saves: rows only where the finished model needs less than its base."""
+        rows = []
+        for key, base, title, form, meaning in (
+            ("params", "total_params", "parameters left", units.count, "in the finished model"),
+            ("nonzero_params", "params", "not zero", units.count, "parameters that are not zero"),
+            ("macs", "base_macs", "multiply-adds", units.count, "of convolutions and linear layers, one sample"),
+            ("effective_macs", "macs", "effective", units.count, "multiply-adds by the method's own formula"),
+            ("latency_seconds", "base_latency_seconds", "forward pass", units.short, "of one batch, median"),
+        ):
+            now, was = cost.get(key), cost.get(base)
+            slim = key != "latency_seconds" or any(row[0] == "multiply-adds" for row in rows)
+            if now is not None and was and slim and (now < 0.99 * was or key == "latency_seconds"):
+                rows.append((title, form(now), f"{meaning}; {now / was:.1%} of {form(was)}"))
         return rows
 
     def steps(self, cost: Mapping[str, Any]) -> str:

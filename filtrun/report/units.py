@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from decimal import Decimal
+
 
 def count(value: float | None) -> str:
     """A whole number with thousands separators: ``31,482``; ``-`` for None."""
     return "-" if value is None else f"{value:,.0f}"
+
+
+def aligned(values: Sequence[float | None]) -> list[str]:
+    """Numbers of one column as they were given, up to six figures: thousands separators, and as many decimals for all
+    as one of them has; ``-`` for None. Whole numbers have none: ``23,059,166``."""
+    places = [Decimal(f"{v:.6g}").as_tuple().exponent for v in values if v is not None]
+    digits = max((-place for place in places if isinstance(place, int)), default=0)
+    return ["-" if v is None else f"{v:,.{max(0, digits)}f}" for v in values]
 
 
 def size(value: float | None) -> str:
@@ -32,6 +43,13 @@ def duration(seconds: float | None) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min"
+
+
+def short(seconds: float | None) -> str:
+    """Seconds of something brief: ``0.42 ms``, ``12.3 ms``; from a second on as `duration`; ``-`` for None."""
+    if seconds is None or seconds >= 1:
+        return duration(seconds)
+    return f"{seconds * 1000:.3g} ms"
 
 
 def rate(value: float | None) -> str:

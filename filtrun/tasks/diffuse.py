@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from filtrun.data.augment import Augment
 from filtrun.diffusion.denoiser import Denoise, Denoiser
-from filtrun.diffusion.guidance import cfg
-from filtrun.diffusion.noise import noise_levels
+from filtrun.diffusion.guidance import begin, cfg
+from filtrun.diffusion.noise import NoiseLevels, noise_levels
+from filtrun.diffusion.samplers import SAMPLER_NAMES, unipc
 from filtrun.diffusion.samplers import sampler as named_sampler
 from filtrun.judge import feature_network, judge_network
+from filtrun.method import Method
 from filtrun.metrics.distribution import fid, kid, precision_recall
 from filtrun.metrics.features import feature_matrix
 from filtrun.options import opt
@@ -35,13 +38,16 @@ class Diffuse(Task):
                          choices=("target", "levels"))  # fmt: skip
     sigma_data: float = opt(0.5, "standard deviation of the images in [-1, 1]", low=1e-3)
     label_dropout: float = opt(0.1, "share of training labels replaced by the null token", low=0, high=1)
-    sampler: str = opt("ddim", "solver", choices=("ddim", "euler", "heun", "ancestral"))
+    sampler: str = opt("ddim", "solver", choices=SAMPLER_NAMES)
     sample_steps: int = opt(20, "solver steps", low=1)
     grid: str = opt("karras", "spacing of the sampler's noise levels", choices=("karras", "log", "uniform_t"))
-    guidance: float = opt(1.0, "classifier-free guidance scale w; 1 is the plain conditional model", low=0)
+    to_zero: bool = opt(True, "the last step goes from the lowest noise level to 0; false: the grid ends at that level")
+    guidance: float = opt(1.0, "classifier-free guidance scale w, where no method sets its own; 1: plain conditional",
+                          low=0)  # fmt: skip
     clip: float | None = opt(1.0, "clamp x0 estimates to [-clip, clip] when sampling; null for no clamping")
     samples: int = opt(512, "samples per evaluated set of classes", low=2)
     sample_batch: int = opt(256, "samples drawn at a time", low=1)
+    ode_steps: int = opt(0, "steps of the fine solution that ode_error is measured against; 0: not measured", low=0)
     sample_seed: int = opt(1234, "seed of the evaluation's noise, the same for every run that is compared")
     features: str = opt("auto", "feature network of FID and KID: Inception where its weights are, else a classifier",
                         choices=("auto", "inception", "classifier"))  # fmt: skip
@@ -57,6 +63,7 @@ class Diffuse(Task):
         "precision": Metric("precision", "higher", "samples that lie among real images", ".1%"),
         "recall": Metric("recall", "higher", "real images that lie among samples", ".1%"),
         "target_accuracy": Metric("class accuracy", "higher", "samples the judge gives the class asked for", ".1%"),
+        "ode_error": Metric("solver error", "lower", "RMS pixel distance to a fine solution, same noise", ".4f"),
         "source_accuracy": Metric("old classes kept", "higher", "the same for classes the base already knew", ".1%"),
         "source_fid": Metric("FID, old classes", "lower", "distance to real images of the old classes", ".2f"),
     }
@@ -89,30 +96,66 @@ class Diffuse(Task):
         return denoiser.loss(batch.x * 2 - 1, batch.y)
 
     # -- sampling --------------------------------------------------------------------------------------------------
-    def generate(self, run: Run, classes: Tensor, seed: int) -> tuple[Tensor, int]:
-        """Draw one image per class id; returns (images (N, C, H, W) in [0, 1] on the device, evaluations per image).
+    def guided(self, run: Run) -> tuple[Denoiser, Denoise]:
+        """A fresh denoiser, and around it the task's guidance and every method's in their order.
 
-        The noise of sample i depends on `seed` and the order only, and not on the number of processes.
+        A method that is itself a rule of classifier-free guidance (`Method.combines`) takes the place of the task's.
         """
         denoiser = self.denoiser(run)
-        denoise: Denoise = cfg(denoiser, self.guidance) if self.guidance != 1 else denoiser
+        rule = any(method.combines for method in run.methods)
+        denoise: Denoise = denoiser if rule or self.guidance == 1 else cfg(denoiser, self.guidance)
         for method in run.methods:
             denoise = method.guide(run, denoise)
+        return denoiser, denoise
+
+    def solver(self, run: Run, levels: NoiseLevels) -> tuple[Callable[..., Tensor], Tensor]:
+        """The sampler, a method's or the task's, and the noise levels (S + 1,) it walks."""
         solvers = [s for s in (m.sampler(run) for m in run.methods) if s is not None]
         solve = solvers[-1] if solvers else named_sampler(self.sampler)
-        sigmas = denoiser.levels.sigmas(self.sample_steps, self.grid)
+        grid = getattr(solve, "grid", None)
+        if grid is not None:
+            return solve, grid(levels, self.sample_steps)
+        return solve, levels.sigmas(self.sample_steps, self.grid, zero=self.to_zero)
+
+    def generate(self, run: Run, classes: Tensor, seed: int) -> tuple[Tensor, float]:
+        """Draw one image per class id; returns (images (N, C, H, W) in [0, 1] on the device, evaluations per image).
+
+        The noise of sample i depends on `seed` and the order only, and not on the number of processes. The number of
+        evaluations is whole unless a method saves some for a part of the samples.
+        """
+        # a method's solver may sample on its own first
+        solve, sigmas = self.solver(run, noise_levels(self.noise, self.sigma_data))
+        return self._draw(run, classes, seed, solve, sigmas)
+
+    def _draw(
+        self, run: Run, classes: Tensor, seed: int, solve: Callable[..., Tensor], sigmas: Tensor
+    ) -> tuple[Tensor, float]:
+        denoiser, denoise = self.guided(run)
         size = (len(classes), run.data.channels, run.data.image_size, run.data.image_size)
         noise = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-        parts = []
+        parts, evaluations = [], 0.0
         for i, rows in enumerate(torch.arange(len(classes)).split(self.sample_batch)):
             if i % run.fabric.world_size != run.fabric.global_rank:
                 continue
             generator = torch.Generator(run.device).manual_seed(seed + 1 + i)
             start = denoiser.levels.start(noise[rows].to(run.device), sigmas[0].item())
+            denoiser.reset()
+            begin(denoise, sigmas)
             x = solve(denoise, start, sigmas, classes[rows].to(run.device), generator=generator)
+            evaluations += denoiser.nfe * len(rows)
             parts.append(((x + 1) / 2).clamp(0, 1).float())
         images = torch.cat(parts) if parts else noise[:0].to(run.device)
-        return gather(run, images, len(classes), self.sample_batch), denoiser.nfe // max(len(parts), 1)
+        total = run.reduce(torch.tensor(evaluations, dtype=torch.float64, device=run.device), "sum")
+        return gather(run, images, len(classes), self.sample_batch), whole(total.item() / max(1, len(classes)))
+
+    def ode_error(self, run: Run, classes: Tensor, images: Tensor) -> float:
+        """Root mean square distance of `images`, as `generate` drew them, to `ode_steps` steps of UniPC.
+
+        Says how well a deterministic solver of few steps solves the ODE it is given, whatever the network is worth.
+        """
+        fine = noise_levels(self.noise, self.sigma_data).sigmas(self.ode_steps, "log", zero=False)
+        exact, _ = self._draw(run, classes, self.sample_seed, unipc, fine)
+        return (images - exact).square().mean().sqrt().item()
 
     def classes(self, run: Run, which: str, count: int) -> Tensor:
         """`count` class ids (N,), spread evenly over the classes of one part of the data."""
@@ -140,7 +183,8 @@ class Diffuse(Task):
         kid_mean, _ = kid(real, fake, subset_size=min(1000, len(real), len(fake)))
         spread = precision_recall(real[:10_000], fake)
         guess = run.shared["judge"](images).argmax(1)
-        return {
+        exact = {"ode_error": self.ode_error(run, wanted, images)} if self.ode_steps else {}
+        return exact | {
             "fid": fid(real, fake),
             "kid": kid_mean,
             "precision": spread.precision,
@@ -161,7 +205,8 @@ class Diffuse(Task):
             [*(run.data.source or [])[:4], *run.data.target[:4]] if run.keeps else list(range(run.data.num_classes))[:8]
         )
         wanted = torch.tensor(ids).repeat_interleave(10)
-        images, _ = self.generate(run, wanted, self.sample_seed)
+        images, nfe = self.generate(run, wanted, self.sample_seed)
+        run.shared.setdefault("nfe", nfe)  # a base that was measured long ago is still drawn
         if run.fabric.global_rank == 0:
             new = set(run.data.target) if run.keeps else set()
             names = [str(run.data.classes[c]) + (" (new)" if c in new else "") for c in ids]
@@ -174,8 +219,23 @@ class Diffuse(Task):
             "judge": run.shared["judge"].name,
             "samples": self.samples,
             "reference": f"train images of the {run.which} classes",
-            "sampler": f"{self.sampler}, {self.sample_steps} steps, guidance {self.guidance:g}",
+            "sampler": f"{self._solver_name(run)}, {self.sample_steps} steps, {self._guidance_name(run)}",
         }
+
+    def _solver_name(self, run: Run) -> str:
+        own = [m.slug for m in run.methods if type(m).sampler is not Method.sampler]
+        return own[-1] if own else self.sampler
+
+    def _guidance_name(self, run: Run) -> str:
+        rules = [m.slug for m in run.methods if type(m).guide is not Method.guide]
+        if not any(m.combines for m in run.methods):
+            rules = [f"guidance {self.guidance:g}", *rules]
+        return " + ".join(rules)
+
+
+def whole(value: float) -> float:
+    """An integer where `value` is one up to rounding, else the value to six places."""
+    return round(value) if abs(value - round(value)) < 1e-6 else round(value, 6)
 
 
 def gather(run: Run, images: Tensor, count: int, batch: int) -> Tensor:

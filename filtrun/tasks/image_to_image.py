@@ -13,7 +13,8 @@ from torch import Tensor
 from filtrun.context import mix_seed
 from filtrun.data.crops import CropTurn
 from filtrun.errors import UserError, unknown
-from filtrun.losses import check_losses, model_terms, weighted
+from filtrun.losses import LOSSES, check_losses, model_terms, weighted
+from filtrun.method import Method
 from filtrun.metrics import image as quality
 from filtrun.options import opt
 from filtrun.task import Metric, Task
@@ -117,6 +118,20 @@ class ImageToImage(Task):
                 f"set data.patch to that or more (it is {data.patch})"
             )
 
+    def prepare(self, run: Run) -> None:
+        """Raise UserError, before anything trains, for a test image that is too small to be measured."""
+        if not run.trainer.evaluate:
+            return
+        images, data = self.images(run), run.data
+        sizes = getattr(data, "sizes", {}).get(self.split, [])
+        least = quality.SSIM_WINDOW + 2 * self.border
+        for picture, size in zip(images.pictures[: self.eval_images or None], sizes, strict=False):
+            if min(n - n % self.ratio for n in size) < least:
+                raise UserError(
+                    f"{picture.files[-1]} has {size[1]}x{size[0]} pixels, too few to be measured: SSIM needs {least} a "
+                    "side; take it out of the test set"
+                )
+
     def sizes(self, data: Data) -> dict[str, Any]:
         """As for any task, with the side of a training input as the image size."""
         return super().sizes(data) | {"image_size": (self.crop or data.image_size) // self.ratio}
@@ -154,7 +169,21 @@ class ImageToImage(Task):
         made = self.make_pair(run, batch)
         output = self.forward(run, made)
         run.shared["pair"], run.shared["output"] = made, output  # for methods that add terms
-        return torch.stack([t.float() for t in self.loss_terms(run, made, output).values()]).sum()
+        terms = [t.float() for t in self.loss_terms(run, made, output).values()]
+        return torch.stack(terms).sum() if terms else self.no_loss(run, output)
+
+    def no_loss(self, run: Run, output: Any) -> Tensor:
+        """A loss of 0 without gradient, where neither the task nor the model has a term.
+
+        Raises:
+            UserError: no method of the run makes a loss either.
+        """
+        if all(type(method).loss is Method.loss for method in run.methods):
+            raise UserError(
+                "there is nothing to train on: no weight of task.losses is above 0, and the model has no loss of its "
+                f"own with a weight above 0; set one of task.losses ({', '.join(LOSSES)}), as in task.losses.l1=1"
+            )
+        return result(output).float().sum() * 0
 
     # -- whole images -----------------------------------------------------------------------------------------------
     def restore(self, run: Run, made: Pair) -> Tensor:
@@ -213,12 +242,16 @@ class ImageToImage(Task):
         """Names of the metrics, without buckets."""
         return [*self.reported, *(name for name in self.extras if name not in self.reported)]
 
-    def compare(self, image: Tensor, target: Tensor, names: list[str]) -> dict[str, float]:
-        """Metrics of one image (1, C, H, W) against its target."""
+    def compare(self, image: Tensor, target: Tensor, names: list[str], grey: bool = False) -> dict[str, float]:
+        """Metrics of one image (1, C, H, W) against its target; `grey`: its file has one channel, so that its values
+        are measured and not their studio-range luma."""
         if self.round8:
             image = quality.round8(image)
         image, target = (quality.crop_border(t, self.border).double() for t in (image, target))
-        lit = (quality.luma(image), quality.luma(target)) if self.as_luma(image) else (image, target)
+        lit = (image, target)
+        if self.as_luma(image):
+            lit = quality.luma(image), quality.luma(target)
+            lit = (quality.full_range(lit[0]), quality.full_range(lit[1])) if grey else lit
         found: dict[str, float] = {}
         for name in names:
             if name in ("psnr", "ssim", "ms_ssim"):
@@ -256,9 +289,10 @@ class ImageToImage(Task):
         _, image, target = images[number]
         on = [None if t is None else t.to(run.device) for t in (image, target)]
         assert on[0] is not None
+        grey = images.grey(number)
         for bucket, made in self.test_pairs(run, number, on[0], on[1]):
-            found = self.compare(self.restore(run, made), made.y, self.measured())
-            before = self.compare(self.baseline(made), made.y, ["psnr"])["psnr"]
+            found = self.compare(self.restore(run, made), made.y, self.measured(), grey)
+            before = self.compare(self.baseline(made), made.y, ["psnr"], grey)["psnr"]
             found |= {"input_psnr": before, "gain": found["psnr"] - before}
             for name, value in found.items():
                 yield name, value
@@ -326,7 +360,7 @@ class ImageToImage(Task):
 
     def measured_on(self) -> str:
         """The values metrics compare, in words."""
-        space = "BT.601 studio-range luma" if self.measure == "y" else "all channels"
+        space = "BT.601 studio-range luma (grey files: as they are)" if self.measure == "y" else "all channels"
         rounding = "8-bit rounded" if self.round8 else "not rounded"
         return f"{space}, {rounding}, {self.border} border pixels left out"
 

@@ -19,6 +19,7 @@ from filtrun.tasks.image_to_image import QUALITY, ImageToImage
 from filtrun.tasks.pair import Pair, pair
 
 if TYPE_CHECKING:
+    from filtrun.context import Run
     from filtrun.data.base import Data
 
 
@@ -58,6 +59,11 @@ class Inpaint(ImageToImage):
         super().check_data(data)
         if self.paired(data):
             raise UserError(f"task=inpaint makes its own holes and needs single images, not data={data.name}")
+
+    def prepare(self, run: Run) -> None:
+        super().prepare(run)
+        if self.files is not None:
+            self.files.check()
 
     def holes(self, ratio: Tensor, height: int, width: int, generator: torch.Generator | None) -> Tensor:
         """Masks (N, 1, height, width) of the given share (N,) of holes."""

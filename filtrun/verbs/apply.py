@@ -28,6 +28,7 @@ TOGETHER = 1 << 19
 """Input pixels of images of one size that go through the model at once."""
 FITTING = {
     "classify": "it gives labels, no images; `filtrun show RUN` prints what it measured",
+    "inverse": "it solves the inverse problem it was measured on; `filtrun show RUN` prints what it measured",
     "diffuse": "it draws images from noise: use `filtrun sample RUN`",
 }
 EPILOG = """\

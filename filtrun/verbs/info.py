@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from filtrun.catalogue import Entry, find
 from filtrun.report.evidence import Claims
+from filtrun.report.judge import REAL_SCALES, judge_card, verdict_data
 from filtrun.source import Option, Source, describe, prose
 from filtrun.syntax import module
 from filtrun.verbs import Parser, print_json
@@ -165,8 +166,45 @@ def _card(card: Any, claims: Claims) -> dict[str, Any]:
     values = dataclasses.asdict(card)
     for table, made in zip(card.tables, values["tables"], strict=True):
         made["runs"] = {scale: len(table.cells(scale)) for scale in table.scales}
+    scales = [s for s in REAL_SCALES if any(t.measured_at(s) for t in card.tables)]
+    values["verdicts"] = {scale: _verdicts(card, scale) for scale in scales}
     values["runs_done"] = {scale: claims.runs(card, scale)[0] for scale in ("laptop", "paper")}
     return values
+
+
+def _verdicts(card: Any, scale: str) -> list[dict[str, Any]]:
+    """The verdicts of a card's claims by the numbers in it, with what each rests on as a sentence."""
+    from filtrun.report.sheet import Number, evidence
+
+    found = []
+    for verdict in judge_card(card, scale):
+        facts = _described(card.table(verdict.claim.table).metrics)
+        numbers = {verdict.claim.metric: Number.of(verdict.claim.metric, facts)}
+        measured = card.table(verdict.claim.table).measured_at(scale)
+        when = f"{scale}, {len(measured.seeds)} seeds, {measured.date}" if measured else scale
+        found.append(verdict_data(verdict) | {"when": when, "evidence": evidence(verdict, numbers)})
+    return found
+
+
+def _described(metrics: Iterable[str]) -> dict[str, Any]:
+    """What the task that measures most of the metrics says of them: a card does not name its task."""
+    from filtrun.catalogue import entries
+    from filtrun.report.sheet import metric_facts
+
+    names = {metric.partition("/")[2] for metric in metrics}
+    return max((metric_facts([e.target]) for e in entries("tasks")), key=lambda facts: len(names & set(facts)))
+
+
+def measured_rows(table: dict[str, Any], measured: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(column titles, rows) of what a card says was measured: mean ± standard deviation over the seeds."""
+    from filtrun.report.sheet import Number
+
+    facts = _described(table["metrics"])
+    metrics = [m for m in table["metrics"] if any(m in values for values in measured["rows"].values())]
+    numbers = {metric: Number.of(metric, facts) for metric in metrics}
+    titles = [f"{numbers[m].title}, {table['metrics'][m]} better" for m in metrics]
+    rows = [[row, *(numbers[m].values(values.get(m, ())) for m in metrics)] for row, values in measured["rows"].items()]
+    return titles, rows
 
 
 def readable(text: str) -> str:

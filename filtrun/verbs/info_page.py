@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from filtrun.report.units import plain
+from filtrun.report.units import aligned, plain
 from filtrun.verbs import terminal
-from filtrun.verbs.info import readable
+from filtrun.verbs.info import measured_rows, readable
 
 _KINDS = {"methods": "method", "models": "model", "data": "data set", "tasks": "task", "papers": "paper"}
 
@@ -118,9 +118,12 @@ class _Page:
             return
         self.line("What the paper claims", style="bold", before=True)
         self.line(card["abstract"], indent=2)
-        for claim in card["claims"]:
+        for position, claim in enumerate(card["claims"]):
             self.line(f"- {claim['says']} [{claim['source']}]", indent=2)
-            self.line(f"tested as: {claim['text']}", indent=4)
+            for verdict in (found[position] for found in card["verdicts"].values()):
+                self.line(f"{verdict['verdict']} ({verdict['when']}): {verdict['evidence']}", indent=4)
+            if not card["verdicts"]:
+                self.line(f"tested as: {claim['text']}", indent=4)
         done = card["runs_done"]
         for table in card["tables"]:
             self.line(f"{table['title']}: {table['setting']}", style="bold", before=True)
@@ -128,6 +131,9 @@ class _Page:
             self.line("; ".join(f"{scale}: {done[scale]} of {n} runs done" for scale, n in counts.items()), indent=2)
             for row, overrides in table["rows"].items():
                 self.line(f"{row}: {' '.join(overrides)}", indent=2)
+            for measured in table["measured"]:
+                self.console.print()
+                self.console.print(_measured(table, measured))
             for published in table["published"]:
                 self.console.print()
                 self.console.print(_published(published))
@@ -139,6 +145,22 @@ class _Page:
             self.line("Published: " + ", ".join(_flat(claim)) if isinstance(claim, dict) else str(claim), before=True)
 
 
+def _measured(table: dict[str, Any], measured: dict[str, Any]) -> Table:
+    titles, rows = measured_rows(table, measured)
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
+    seeds = ", ".join(map(str, measured["seeds"]))
+    note = f"; {measured['note']}" if measured["note"] else ""
+    made.title = Text(
+        plain(f"Measured at {measured['scale']} scale, seeds {seeds}, {measured['date']}, {measured['device']}{note}")
+    )
+    made.add_column("")
+    for title in titles:
+        made.add_column(Text(title), justify="right", overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
 def _published(published: dict[str, Any]) -> Table:
     better = published["better"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="")
@@ -146,15 +168,11 @@ def _published(published: dict[str, Any]) -> Table:
     table.add_column("")
     for name, direction in better.items():
         table.add_column(Text(f"{name}, {direction} better"), justify="right", overflow="fold")
-    digits = {name: max(_decimals(v[name]) for v in published["rows"].values() if name in v) for name in better}
-    for row, values in published["rows"].items():
-        cells = (f"{values[name]:.{digits[name]}f}" if name in values else "-" for name in better)
+    rows = published["rows"]
+    columns = [aligned([values.get(name) for values in rows.values()]) for name in better]
+    for row, cells in zip(rows, zip(*columns, strict=True), strict=True):
         table.add_row(Text(row), *map(Text, cells))
     return table
-
-
-def _decimals(value: float) -> int:
-    return len(f"{value:.6g}".partition(".")[2])
 
 
 def _value(value: Any) -> str:

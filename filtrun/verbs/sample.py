@@ -40,8 +40,11 @@ def main(argv: list[str]) -> int:
         options.run, device=options.device, overrides={k: v for k, v in changes.items() if v is not None}
     )
     task = run.task
-    if not isinstance(task, Diffuse):
+    if not isinstance(task, Diffuse) or task.kind != "diffuse":
         raise UserError(f"{options.run} is a run of task={record.task}; only task=diffuse can draw samples")
+    rules = [method.slug for method in run.methods if method.combines]
+    if options.guidance is not None and rules:
+        raise UserError(f"--guidance {options.guidance:g}: this run is guided by method={rules[0]}, by its own options")
     if options.classes:
         names = [str(c) for c in run.data.classes]
         ids = [_class_id(word.strip(), names) for word in options.classes.split(",")]
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
     with run.evaluating():
         images, evaluations = task.generate(run, wanted.sort().values, options.seed)
     save_grid(images, out, columns=max(1, round(options.n**0.5)))
-    print(f"{out}: {options.n} samples, {evaluations} network evaluations each")
+    print(f"{out}: {options.n} samples, {evaluations:g} network evaluations each")
     return 0
 
 

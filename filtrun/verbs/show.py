@@ -82,6 +82,11 @@ def _details(record: Record) -> dict[str, list[str]]:
     more = {
         "total time": units.duration(cost.get("total_seconds")),
         "one sample's forward pass": units.flops(cost.get("flops")),
+        "multiply-adds": units.count(cost.get("macs")),
+        "of the base": units.count(cost.get("base_macs")),
+        "by the method's formula": units.count(cost.get("effective_macs")),
+        "latency": units.short(cost.get("latency_seconds")),
+        "latency of the base": units.short(cost.get("base_latency_seconds")),
     }
     first = ("device", "threads", "python", "torch", "filtrun", "git", "platform")
     places = {str(k): environment[k] for k in first if k in environment} | {k: environment[k] for k in environment}

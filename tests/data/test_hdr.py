@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +13,6 @@ import torch
 from filtrun.data.hdr import read_image, write_radiance
 from filtrun.data.pairs import Pairs
 from filtrun.errors import UserError
-
-
-def png16(path: Path, pixels: np.ndarray, kinds: list[int], interlace: int = 0) -> None:
-    """A 16-bit PNG of (H, W, C) whose rows use the given filters, by the definition of the format."""
-    height, width, channels = pixels.shape
-    raw = np.ascontiguousarray(pixels.astype(">u2")).view(np.uint8).reshape(height, width * channels * 2).astype(int)
-    step, rows = channels * 2, b""
-    for y in range(height):
-        row = bytearray()
-        for i in range(raw.shape[1]):
-            left = raw[y, i - step] if i >= step else 0
-            up = raw[y - 1, i] if y else 0
-            corner = raw[y - 1, i - step] if y and i >= step else 0
-            guess = left + up - corner
-            near = min((abs(guess - left), 0, left), (abs(guess - up), 1, up), (abs(guess - corner), 2, corner))[2]
-            row.append((raw[y, i] - [0, left, up, (left + up) // 2, near][kinds[y % len(kinds)]]) % 256)
-        rows += bytes([kinds[y % len(kinds)]]) + bytes(row)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, interlace)
-    data = zlib.compress(rows)
-    parts = chunk(b"IHDR", head) + chunk(b"IDAT", data[:20]) + chunk(b"IDAT", data[20:]) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png16_keeps_every_bit(tmp_path: Path, channels: int) -> None:
-    pixels = np.random.default_rng(0).integers(0, 65536, (13, 11, channels))
-    png16(tmp_path / "a.png", pixels, [0, 1, 2, 3, 4])
-    found = read_image(tmp_path / "a.png", None)
-    assert found.dtype == torch.float32 and found.shape == (channels, 13, 11)
-    np.testing.assert_array_equal((found.double() * 65535).round().permute(1, 2, 0).numpy(), pixels)
-    assert read_image(tmp_path / "a.png", 3).shape[0] == 3
-    png16(tmp_path / "i.png", pixels, [0], interlace=1)
-    with pytest.raises(UserError, match="i.png is an interlaced 16-bit PNG"):
-        read_image(tmp_path / "i.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    with pytest.raises(UserError, match="cut.png is damaged"):
-        read_image(tmp_path / "cut.png")
-
-
-def test_png16_alpha_is_laid_over_white(tmp_path: Path) -> None:
-    pixels = np.full((2, 2, 4), 13107)  # 0.2
-    pixels[..., 3] = [[0, 65535], [0, 65535]]
-    png16(tmp_path / "a.png", pixels, [1])
-    torch.testing.assert_close(read_image(tmp_path / "a.png", 1)[0], torch.tensor([[1.0, 0.2], [1.0, 0.2]]))
 
 
 def test_tiff_16_bit_and_float(tmp_path: Path) -> None:
@@ -79,6 +29,48 @@ def test_tiff_16_bit_and_float(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "d.tif", wide.astype(np.int32))
     with pytest.raises(UserError, match="d.tif has int32 pixels"):
         read_image(tmp_path / "d.tif")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_wide_tiff_is_turned_as_8_bit_images_are(tmp_path: Path, turn: int) -> None:
+    import tifffile
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    size = read_image(tmp_path / "a.jpg").shape
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = read_image(tmp_path / "a.png")
+    for name, wide in (("a.tif", pixels.astype(np.uint16) * 257), ("b.tif", (pixels / 255).astype(np.float32))):
+        tifffile.imwrite(tmp_path / name, wide, photometric="rgb", extratags=[(274, 3, 1, turn, True)])
+        found = read_image(tmp_path / name)
+        assert found.shape == size == expected.shape
+        torch.testing.assert_close(found, expected.float() / 255, atol=1e-6, rtol=0)
+
+
+def test_wide_tiff_alpha_and_inverted_grey(tmp_path: Path) -> None:
+    import tifffile
+
+    rgba = np.full((1, 2, 4), 13107, np.uint16)  # 0.2
+    rgba[..., 3] = [0, 65535]
+    tifffile.imwrite(tmp_path / "a.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
+    torch.testing.assert_close(read_image(tmp_path / "a.tif")[:, 0], torch.tensor([[1.0, 0.2]] * 3))
+    tifffile.imwrite(tmp_path / "w.tif", rgba[..., 0], photometric="miniswhite")
+    torch.testing.assert_close(read_image(tmp_path / "w.tif", None), torch.full((1, 1, 2), 0.8))
+    inks = np.zeros((4, 6, 5), np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", inks, photometric="separated", planarconfig="separate")
+    with pytest.raises(UserError, match="s.tif has 16-bit SEPARATED pixels; save it as grey or RGB"):
+        read_image(tmp_path / "s.tif")
+    whole = (tmp_path / "a.tif").read_bytes()
+    cases = {"empty.tif": b"", "empty.hdr": b"", "empty.exr": b"", "cut.tif": whole[:-3], "text.tiff": b"no image"}
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        reason = "is not an image that can be read" if data else r"is empty \(0 bytes\)"
+        with pytest.raises(UserError, match=f"{name} {reason}") as told:
+            read_image(tmp_path / name)
+        assert len(str(told.value).splitlines()) == 1
 
 
 def test_radiance_round_trip_and_range(tmp_path: Path) -> None:
@@ -131,6 +123,7 @@ def test_exr_without_its_package_is_one_line(tmp_path: Path, monkeypatch: pytest
         return plain(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    (tmp_path / "a.exr").write_bytes(b"v/1\x01")
     with pytest.raises(UserError, match=r"a.exr: OpenEXR files need a package: pip install 'filtrun\[exr\]'"):
         read_image(tmp_path / "a.exr")
 

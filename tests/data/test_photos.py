@@ -98,7 +98,7 @@ def test_plain_folder_trains_on_the_embedded_or_another(tmp_path: Path) -> None:
     assert plain.images("test").names == ["b", "sub/a"] and len(plain.images("train")) == 12
     other = ImagesFolder(root=str(tmp_path / "set"), train=str(tmp_path / "more"))
     assert other.images("train").names == ["c"]
-    with pytest.raises(UserError, match="is a training and a test image"):
+    with pytest.raises(UserError, match="b.png is both a train and a test image; keep the parts disjoint"):
         ImagesFolder(root=str(tmp_path / "set"), train=str(tmp_path / "set")).setup(0)
     with pytest.raises(UserError, match="data.root is not set"):
         ImagesFolder().setup(0)

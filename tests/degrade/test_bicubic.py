@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from filtrun.degrade.bicubic import cubic, imresize, modcrop, resize_matrix
+from filtrun.degrade import bicubic
+from filtrun.degrade.bicubic import cubic, imresize, modcrop, resize_matrix, resize_taps
 from filtrun.errors import UserError
 
 
@@ -50,6 +51,56 @@ def test_images_are_resized_in_both_directions() -> None:
     torch.testing.assert_close(imresize(x, 1, 3), both.double(), rtol=0, atol=1e-6)
     assert imresize(x, 2, 1).shape == (2, 3, 18, 24)
     assert imresize(x, 1, 1) is x
+
+
+@pytest.mark.parametrize(("up", "down"), [(1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 3)])
+def test_long_sides_are_summed_over_taps(up: int, down: int) -> None:
+    """What is computed piece by piece, and with gradients in one go, is the product with the dense matrix."""
+    x = torch.rand(2, 1, bicubic.SHORT + 75, bicubic.SHORT + 1, dtype=torch.float64)
+    rows, columns = (resize_matrix(n, up, down) for n in x.shape[-2:])
+    expected = rows @ x @ columns.mT
+    torch.testing.assert_close(imresize(x, up, down), expected, rtol=0, atol=1e-14)
+    weight = torch.rand_like(expected)
+    x.requires_grad_(True)
+    found = imresize(x, up, down)
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-14)
+    found.backward(weight)
+    torch.testing.assert_close(x.grad, rows.mT @ weight @ columns, rtol=0, atol=1e-14)
+    torch.testing.assert_close(imresize(x.detach().float(), up, down).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(3, 300, 270, dtype=torch.float64)
+    for up, down in ((1, 3), (2, 1)):
+        whole = imresize(x, up, down)
+        for piece in (1, 1000, 1 << 30):
+            monkeypatch.setattr(bicubic, "PIECE", piece)
+            assert torch.equal(imresize(x, up, down), whole)
+
+
+@pytest.mark.parametrize(("up", "down", "taps"), [(1, 2, 8), (1, 3, 14), (1, 4, 18), (2, 1, 4), (3, 1, 4), (4, 1, 4)])
+def test_few_taps_for_long_sides(up: int, down: int, taps: int) -> None:
+    place, weight = resize_taps(20000, up, down)
+    assert place.shape == weight.shape and len(place) <= taps and place.shape[1] == -(-20000 * up // down)
+    torch.testing.assert_close(weight.sum(0), torch.ones(place.shape[1], dtype=torch.float64))
+
+
+def test_a_long_strip_needs_little_memory() -> None:
+    """A dense matrix for one direction alone would be 60000 x 20000 x 8 bytes, 9.6 GB."""
+    from filtrun.cost import peak_memory
+
+    x = torch.rand(1, 1, 20000, 50)
+    before = peak_memory(x.device)
+    assert imresize(x, 3, 1).shape == (1, 1, 60000, 150)
+    assert before is None or peak_memory(x.device) - before < 300e6
+
+
+def test_autocast_does_not_touch_it() -> None:
+    x = torch.rand(1, 3, 60, 300)
+    exact = imresize(x, 1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = imresize(x, 1, 3)
+    assert found.dtype == torch.float32 and torch.equal(found, exact)
 
 
 def test_kernel_values() -> None:

@@ -89,7 +89,7 @@ CASES: list[tuple[list[str], list[str]]] = [
         ["method=linear_probe", "model=unet"],
         ["method=linear_probe works with task=classify, not task=diffuse", "resnet20"],
     ),
-    (["task=classify", "model=unet"], ["model=unet does task=diffuse, not task=classify"]),
+    (["task=classify", "model=unet"], ["model=unet does task=diffuse or inverse, not task=classify"]),
     (["method=[sara,lora]"], ["method=lora and method=sara both claim the tensor"]),
     (["model.base=checkpoint"], ["model.base=checkpoint needs model.checkpoint=FILE"]),
     (["model.checkpoint=x"], ["model.checkpoint is set but model.base=pretrain"]),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from filtrun.errors import UserError
-from filtrun.lut import interpolation
 from filtrun.lut.interpolation import apply_lut, grid_lookup, identity_lut
 
 MODES = ("trilinear", "tetrahedral")
@@ -119,7 +118,7 @@ def test_chunks_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in MODES:
         results = []
         for chunk in (7, 1 << 15):
-            monkeypatch.setattr(interpolation, "CHUNK", chunk)
+            monkeypatch.setattr("filtrun.lut.lattice.CHUNK", chunk)
             x, t = image.clone().requires_grad_(), lut.clone().requires_grad_()
             y = apply_lut(x, t, mode)
             y.square().sum().backward()

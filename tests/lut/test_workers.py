@@ -58,7 +58,7 @@ def test_errors_come_through(three_threads: None) -> None:
 
 
 def test_lookups_in_threads_and_inference_mode(three_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("filtrun.lut.interpolation.CHUNK", 50)
+    monkeypatch.setattr("filtrun.lut.lattice.CHUNK", 50)
     torch.manual_seed(0)
     image, lut = torch.rand(2, 3, 20, 21), torch.rand(3, 6, 6, 6)
     results = []

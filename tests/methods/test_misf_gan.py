@@ -217,6 +217,43 @@ def test_a_resumed_method_goes_on_as_one_that_was_never_stopped(tmp_path: Path) 
     assert torch.equal(run.model.weight, again.model.weight)
 
 
+def test_the_finished_model_is_stored_without_the_discriminator(tmp_path: Path) -> None:
+    from filtrun.delta import FILE, load_delta, save_delta
+
+    method = MisfGan(discriminator_width=8, features="none")
+    method.slug = "misf_gan"
+    run = tiny_run(method)
+    method.own_step(run, batch_of(3))
+    save_delta(run, tmp_path, "base")
+    weights = sum(p.numel() for p in run.model.parameters()) * 4
+    assert (tmp_path / FILE).stat().st_size < weights + 2000
+    assert method.state_dict()["discriminator"] and method.state_dict()["optimizer"]["state"]  # checkpoints have both
+    other = MisfGan(discriminator_width=8, features="none")
+    other.slug = "misf_gan"
+    again = tiny_run(other)
+    load_delta(again, tmp_path / FILE, "base")
+    assert torch.equal(again.model.weight, run.model.weight)
+
+
+def test_deltas_of_earlier_versions_with_a_discriminator_load(tmp_path: Path) -> None:
+    from filtrun.delta import FILE, load_delta
+
+    method = MisfGan(discriminator_width=2, features="none")
+    run = tiny_run(method)
+    method.own_step(run, batch_of(3))
+    tensors = dict(run.model.named_parameters())
+    state = {"tensors": tensors, "methods": {"misf_gan": method.state_dict()}}
+    save_tree(tmp_path / FILE, state, base_sha256="base")
+    other = MisfGan(discriminator_width=2, features="none")
+    other.slug = "misf_gan"
+    again = tiny_run(other)
+    load_delta(again, tmp_path / FILE, "base")
+    assert torch.equal(again.model.weight, run.model.weight)
+    assert method.discriminator is not None and other.discriminator is not None
+    for a, b in zip(method.discriminator.parameters(), other.discriminator.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(UserError, match="method.misf_gan.betas"):
         MisfGan(betas=[0.9])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from filtrun.errors import UserError
 from filtrun.models.dpenet import DDRB, ERPAB, DPENet, dpenet_loss, edge_loss, laplacian, ssim_zero_padded
+from filtrun.tasks.pair import pair
 
 
 def count(model: nn.Module) -> int:
@@ -150,6 +153,21 @@ def test_the_loss_of_perfect_outputs_is_minus_one_and_its_terms_add_up() -> None
     terms = DPENet(width=2, streak_blocks=1).extra_losses((mid, out), y, None)
     total = terms["ssim_mid"] + terms["ssim_out"] - 1 + 0.05 * terms["edge"]
     torch.testing.assert_close(total, dpenet_loss(mid, out, y))
+
+
+def test_the_configuration_trains_on_the_paper_s_loss() -> None:
+    """Up to its constant: 1 - SSIM of each of the two stages instead of 1 minus both."""
+    from filtrun.api import compose
+    from filtrun.tasks.derain import Derain
+
+    config, _, _ = compose("model=dpenet", "data=photos", "method=full")
+    task = Derain(losses=config["task"]["losses"], model_losses=config["task"]["model_losses"])
+    torch.manual_seed(7)
+    model = DPENet(width=4, streak_blocks=1, detail_blocks=1)
+    x, y = torch.rand(2, 2, 3, 20, 20)
+    terms = task.loss_terms(SimpleNamespace(model=model), pair(x, y), model(x))
+    assert terms.keys() == {"model_ssim_mid", "model_ssim_out", "model_edge"}
+    torch.testing.assert_close(sum(terms.values()), dpenet_loss(*model(x), y) + 1)
 
 
 def test_options_are_checked() -> None:

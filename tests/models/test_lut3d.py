@@ -128,6 +128,15 @@ def test_released_files(tmp_path: Path) -> None:
         assert loaded.bin_margin == 1e-4 and not loaded.training
         loaded.bin_margin = 0.0
         assert torch.equal(loaded(x), model(x))
+    nested = {name[3:-4]: {"LUT": t} for name, t in theirs.items() if name.startswith("LUT")}
+    torch.save(nested, tmp_path / "LUTs.pth")
+    torch.save({n: t for n, t in theirs.items() if n.startswith("model.")}, tmp_path / "classifier.pth")
+    loaded = LUT3D.from_official(tmp_path)  # as it is published: two files
+    loaded.bin_margin = 0.0
+    assert torch.equal(loaded(x), model(x))
+    torch.save({"0": {"LUT": 1}}, tmp_path / "LUTs.pth")
+    with pytest.raises(UserError, match="holds no state dict"):
+        LUT3D.from_official(tmp_path)
     del theirs["model.1.weight"]
     save_file(theirs, tmp_path / "part.safetensors")
     with pytest.raises(UserError, match="does not hold an image-adaptive 3D LUT model"):

@@ -13,3 +13,20 @@ def records():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def cards():
+    """The module with an example card and records of its cells."""
+    spec = importlib.util.spec_from_file_location("report_cards", Path(__file__).with_name("cards.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def run_sweeps(cards, records, tmp_path_factory):
+    """A folder of sweeps with every cell of the example card at laptop scale; not to be changed."""
+    sweeps = tmp_path_factory.mktemp("done") / "sweeps"
+    cards.write_records(sweeps, records.make_record)
+    return sweeps

@@ -44,6 +44,22 @@ def test_a_card():
     assert (claim.metric, claim.better, claim.than, claim.margin, claim.relative) == ("test/fid", "a", "b", 0.05, True)
 
 
+def test_the_gallery_cell_has_defaults_and_can_be_chosen():
+    cell = make_card("b", GOOD).gallery
+    assert (cell.table, cell.row, cell.metric, cell.baseline) == ("t", "b", "test/fid", "a")  # the row of its name
+    assert make_card("other", GOOD).gallery.row == "a" and make_card("other", GOOD).gallery.baseline == "b"
+    chosen = make_card("b", {**GOOD, "gallery": {"row": "a", "baseline": "a"}}).gallery
+    assert (chosen.row, chosen.baseline) == ("a", "a")
+    assert make_card("b", {**GOOD, "tables": [], "claims": []}).gallery is None
+
+
+def test_tuning_and_the_same_setting():
+    values = copy.deepcopy(GOOD) | {"tuning": "by\n hand"}
+    values["tables"][0]["published"][0]["same"] = ["paper"]
+    card = make_card("a", values)
+    assert card.tuning == "by hand" and card.table("t").published[0].same == ("paper",) and card.table("t").tuning == ""
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -62,6 +78,12 @@ def test_a_card():
         (["claims", 0, "claim"], "test/fid(a) better than test/fid(bb) by 0", "names no row 'bb'"),
         (["claims", 0, "claim"], "test/kid(a) better than test/kid(b) by 0", "names no metric 'test/kid'"),
         (["claims", 0, "table"], "u", "names no table 'u'"),
+        (["tables", 0, "rows"], {}, "rows is empty"),
+        (["tables", 0, "published", 0, "same"], ["laptp"], "did you mean 'laptop'"),
+        (["tables", 0, "tuning"], 3, "tuning must be text"),
+        (["gallery"], {"row": "c"}, "gallery: row names no row of the table 'c'"),
+        (["gallery"], {"metric": "test/kid"}, "gallery: metric names no metric of the table 'test/kid'"),
+        (["gallery"], {"rows": "a"}, "gallery: rows is no key of a card; did you mean 'row'"),
         (["claims"], {}, "claims must be a list"),
         (["tables"], [3], r"tables\[0\] must be a mapping"),
     ],

@@ -49,7 +49,7 @@ def test_only_finished_records_count_and_broken_ones_are_passed_over(records, tm
 
 def test_status_of_a_claim(records, tmp_path):
     by_name = {e.name: e for e in entries("methods")}
-    assert Claims(root=tmp_path).status(by_name["sara"]) == "claim not run"
+    assert Claims(root=tmp_path).status(by_name["sara"]) == "not run"
     assert Claims(root=tmp_path).status(by_name["full"]) == "implemented"
     for method in ("sara", "lora", "full"):
         for seed in range(3):
@@ -60,8 +60,8 @@ def test_status_of_a_claim(records, tmp_path):
             )
             if (method, seed) == ("sara", 1):
                 assert Claims(root=tmp_path).status(by_name["sara"]) == "2 of 9 runs"
-    assert Claims(root=tmp_path).status(by_name["sara"]) == "claim run"
-    assert Claims(root=tmp_path).status(next(e for e in entries("papers") if e.name == "sara")) == "claim run"
+    assert Claims(root=tmp_path).status(by_name["sara"]) == "holds 0/2 (laptop)"
+    assert Claims(root=tmp_path).status(next(e for e in entries("papers") if e.name == "sara")) == "holds 0/2 (laptop)"
 
 
 def test_smoke_runs_prove_nothing(records, tmp_path):
@@ -69,4 +69,4 @@ def test_smoke_runs_prove_nothing(records, tmp_path):
     for method in ("sara", "lora", "full"):
         overrides = [f"method={method}", "data=digits", "model=unet", "scale=smoke", "seed=0"]
         records.write_record(tmp_path / "runs" / method, overrides=overrides, methods=[method], seed=0, config=config)
-    assert Claims(root=tmp_path).status(next(e for e in entries("methods") if e.name == "sara")) == "claim not run"
+    assert Claims(root=tmp_path).status(next(e for e in entries("methods") if e.name == "sara")) == "not run"

@@ -33,6 +33,25 @@ def test_units(form, value, text):
     assert form(value) == text
 
 
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([23059166], ["23,059,166"]),
+        ([317056.0, 7235713.0, None], ["317,056", "7,235,713", "-"]),
+        ([27.1, 27.55, 0.5], ["27.10", "27.55", "0.50"]),
+        ([42.4, None], ["42.4", "-"]),
+        ([1234.5, 3.0], ["1,234.5", "3.0"]),
+        ([2e-7, 1.0], ["0.0000002", "1.0000000"]),
+        ([0.8682, -1], ["0.8682", "-1.0000"]),
+        ([1 / 3], ["0.333333"]),
+        ([None], ["-"]),
+        ([float("inf"), 2], ["inf", "2"]),
+    ],
+)
+def test_numbers_of_a_column(values, texts):
+    assert units.aligned(values) == texts
+
+
 def test_metrics_and_changes():
     assert units.metric(0.9166, ".1%") == "91.7%"
     assert units.metric(12.414, ".2f") == "12.41"

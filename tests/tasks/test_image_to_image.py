@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from filtrun.data.images_folder import ImagesFolder
 from filtrun.data.pairs import Pairs
 from filtrun.errors import UserError
+from filtrun.method import Method
 from filtrun.metrics.image import psnr, round8
 from filtrun.tasks.denoise import Denoise
 from filtrun.tasks.image_to_image import ImageToImage
@@ -111,6 +112,42 @@ def test_loss_terms_add_up_with_the_models_own(make_run: Any, data: ImagesFolder
     bad = make_run(Darker(model_losses={"siz": 1.0}), data, Own())
     with pytest.raises(UserError, match="'siz'; did you mean 'size'"):
         bad.task.loss(bad, batch)
+
+
+def test_a_model_can_train_on_its_own_terms_alone(make_run: Any, data: ImagesFolder) -> None:
+    class Own(Shift):
+        def regularisers(self) -> dict[str, Tensor]:
+            return {"size": (self.b - 1).square().sum()}
+
+    run = make_run(Darker(losses={"l1": 0.0}, crop=0), data, Own(0.25))
+    batch = run.train_split.batch([0, 1])
+    assert run.task.loss(run, batch).item() == pytest.approx(3 * 0.75**2)
+    assert run.task.loss_terms(run, run.shared["pair"], run.shared["output"]).keys() == {"model_size"}
+
+
+def test_nothing_to_train_on_is_told_at_the_first_loss(make_run: Any, data: ImagesFolder) -> None:
+    class Own(Shift):
+        def regularisers(self) -> dict[str, Tensor]:
+            return {"size": self.b.square().sum()}
+
+    for model, more in ((Shift(), {}), (Own(), {"model_losses": {"size": 0.0}})):
+        run = make_run(Darker(losses={"l1": 0.0}, crop=0, **more), data, model)
+        with pytest.raises(UserError, match="nothing to train on: no weight of task.losses is above 0") as told:
+            run.task.loss(run, run.train_split.batch([0, 1]))
+        assert len(str(told.value).splitlines()) == 1
+
+
+def test_a_method_may_make_the_only_loss(make_run: Any, train: Any, data: ImagesFolder) -> None:
+    class Pull(Method):
+        trains = "all"
+
+        def loss(self, run: Any, batch: Any, loss: Tensor) -> Tensor:
+            assert loss.item() == 0
+            return loss + (run.model.b - 0.5).square().sum()
+
+    run = make_run(Darker(losses={"l1": 0.0}, crop=0), data, Shift(), Pull(), steps=200, lr=0.02, weight_decay=0.0)
+    assert train(run)[0] == pytest.approx(0.75)
+    torch.testing.assert_close(run.model.b.flatten().detach(), torch.full((3,), 0.5), rtol=0, atol=0.01)
 
 
 def test_result_of_what_a_model_returns() -> None:

@@ -55,6 +55,37 @@ def test_luma_model_measures_its_own_luma(make_run: Any, data: ImagesFolder) -> 
     assert found["psnr"] == pytest.approx(sum(values) / 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("luma_model", [False, True])
+def test_grey_files_are_measured_as_they_are(make_run: Any, photo_folder: Any, tmp_path: Any, luma_model: bool) -> None:
+    """In studio range, as colour images are measured, their PSNR would be 20 log10(255 / 219) = 1.32 dB higher."""
+    import math
+
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 60), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    data = ImagesFolder(root=str(folder), train=str(photo_folder("train", 2, 90, 90)), patch=84)
+    run = make_run(SuperRes(luma=luma_model, round_input=not luma_model), data, Bicubic(3))
+    with run.evaluating():
+        found = run.task.evaluate(run)
+    truth = torch.from_numpy(pixels / 255)[None, None]
+    small = imresize(truth, 1, 3)
+    up = round8(imresize(small if luma_model else round8(small), 3, 1))
+    direct = psnr(crop_border(up, 3), crop_border(truth, 3)).item()
+    assert found["psnr"] == pytest.approx(direct, abs=2e-3 if luma_model else 1e-5)
+    assert found["psnr"] == pytest.approx(found["input_psnr"], abs=1e-9)
+    Image.fromarray(pixels).convert("RGB").save(folder / "a.png")  # three equal channels are colour
+    colour = ImagesFolder(root=str(folder), train=str(tmp_path / "train"), patch=84)
+    run = make_run(SuperRes(), colour, Bicubic(3))
+    up = round8(imresize(round8(small), 3, 1))
+    with run.evaluating():
+        raised = run.task.evaluate(run)["psnr"] - psnr(crop_border(up, 3), crop_border(truth, 3)).item()
+    assert raised == pytest.approx(20 * math.log10(255 / 219), abs=1e-5)
+
+
 def test_training_pairs_are_crops_of_shrunk_images(data: ImagesFolder) -> None:
     task = SuperRes(scale=3, crop=50, luma=True)
     assert (task.crop, task.margin, task.border) == (48, 12, 3)

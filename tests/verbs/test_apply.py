@@ -73,7 +73,10 @@ def runs(tmp_path_factory):
     for name, more in (("same", []), ("grey", ["data.channels=1"]), ("fill", []), ("squeeze", [])):
         model = "same" if name == "grey" else name
         filtrun.run(f"model={model}", *common, *more, f"hydra.run.dir={base / name}", config_dir=base / "conf")
-    espcn = [word for word in common if word not in ("method=none", "trust=[applied_models]")]
+    trained = [word for word in common if word != "method=none"]
+    filtrun.run("model=same", "method=mid", "method.mid.masks=3", *trained, f"hydra.run.dir={base / 'masked'}",
+                config_dir=base / "conf")  # fmt: skip
+    espcn = [word for word in trained if word != "trust=[applied_models]"]
     filtrun.run("model=espcn", "task.scale=2", *espcn, f"hydra.run.dir={base / 'espcn'}")
     yield base
     patch.undo()
@@ -105,6 +108,12 @@ def cat():
     from skimage import data
 
     return np.ascontiguousarray(data.chelsea()[100:160, 150:230])
+
+
+def load_delta_tensor(state, name):
+    from filtrun.bits import unpack_zeros
+
+    return unpack_zeros(state["tensors"][name])
 
 
 def deep(cat):
@@ -145,6 +154,27 @@ def test_a_grey_model_and_colours(runs, tmp_path, cat):
     assert apply.main([str(runs / "grey"), *words, "--out", str(tmp_path / "out")]) == 0
     assert np.array_equal(read_photo(tmp_path / "out" / "a.png").pixels, cat)
     assert np.array_equal(read_photo(tmp_path / "out" / "g.png").pixels, cat[..., :1])
+
+
+def test_what_a_method_does_in_evaluation_is_done_to_photographs(runs, tmp_path, cat):
+    """MID gives the mean over random masks; of a linear network that is the network of the mean masked image."""
+    from filtrun.context import mix_seed
+    from filtrun.methods.restoration.mid import pixel_mask
+    from filtrun.pack import load_tree
+
+    write_photo(tmp_path / "a.png", "png", cat)
+    assert apply.main([str(runs / "masked"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 0
+    state, _ = load_tree(runs / "masked" / "model.safetensors")
+    assert set(state["methods"]["mid"]) == {"first_sigma"}
+    weight = load_delta_tensor(state, "last.weight")[..., 0, 0]
+    x = torch.from_numpy(cat / np.float32(255)).permute(2, 0, 1)[None]
+    seeds = (torch.Generator().manual_seed(mix_seed(j, 60, 80)) for j in range(3))
+    shown = sum(1 - pixel_mask((1, 3, 60, 80), 0.2, True, seed) for seed in seeds) / 3
+    expected = torch.einsum("dc,nchw->ndhw", weight, x * shown)
+    found = read_photo(tmp_path / "out" / "a.png").pixels / 255
+    assert np.abs(found - expected[0].clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.6 / 255
+    plain = torch.einsum("dc,nchw->ndhw", weight, x)
+    assert np.abs(found - plain[0].clamp(0, 1).permute(1, 2, 0).numpy()).mean() > 5 / 255
 
 
 def test_orientation_is_applied_and_reset(runs, tmp_path, cat):

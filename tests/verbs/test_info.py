@@ -96,6 +96,12 @@ def test_published_numbers_of_a_method_without_a_card(capsys, monkeypatch, tmp_p
     assert "Published: metric=FID, published=3.5" in text and "layers" in text
 
 
+def test_whole_numbers_are_printed_as_such(capsys, monkeypatch):
+    text = shown(capsys, monkeypatch, "misf", width=80)
+    assert "23,059,166" in text and ".000" not in text
+    assert "647,328" in shown(capsys, monkeypatch, "dpenet", width=80)
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match="nothing is called 'resnt20'; did you mean 'resnet20'"):
         info.main(["resnt20"])

@@ -22,7 +22,7 @@ def test_json_of_methods(capsys, tmp_path, monkeypatch):
     assert rows["sara"] == {
         "kind": "methods", "name": "sara", "paper": "SaRA", "link": "https://arxiv.org/abs/2409.06633", "year": 2025,
         "summary": "SaRA: train the smallest weights of a pre-trained model (ICLR 2025, arXiv 2409.06633).",
-        "family": "peft", "status": "claim not run",
+        "family": "peft", "status": "not run",
     }  # fmt: skip
     assert rows["full"]["family"] == "baseline" and rows["full"]["year"] is None
     assert list(rows) == sorted(rows)

@@ -19,7 +19,6 @@ Alone, on any model:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,15 +28,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from filtrun.errors import UserError, closest
+from filtrun.errors import UserError
 from filtrun.method import Method, train_head
 from filtrun.options import check_options, opt
 from filtrun.sparse_entries import keep_order, owners_of
+from filtrun.surgery import CONVS, check_targets, pick, weight_names
 
 if TYPE_CHECKING:
     from filtrun.context import Run
 
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear, nn.MultiheadAttention),
     "conv": CONVS,
@@ -102,6 +101,8 @@ def wrap_with_peft(module: nn.Module, rank: int, alpha: float, dropout: float) -
         parameter.requires_grad_(flag)
     wrapped = holder.layer
     assert isinstance(wrapped, nn.Module)
+    wrapped._forward_hooks.update(module._forward_hooks)  # what others do to this layer's output comes after the sum
+    module._forward_hooks.clear()
     return wrapped.train(module.training)
 
 
@@ -114,49 +115,13 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in found.items() if getattr(m, "max_norm", None) is None}
 
 
-def weight_names(module: nn.Module) -> list[str]:
-    """Dotted names, inside a layer, of the matrices that are adapted."""
-    if not isinstance(module, nn.MultiheadAttention):
-        return ["weight"]
-    separate = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]  # where keys or values have a width of their own
-    return [*(separate if module.in_proj_weight is None else ["in_proj_weight"]), "out_proj.weight"]
-
-
 def choose(model: nn.Module, targets: str | Collection[str]) -> dict[str, nn.Module]:
-    """The layers of `model` that `targets` names.
-
-    Args:
-        targets: a group (all, linear, conv, embedding, attention), a layer's name or the end of one, a regular
-            expression for the whole name, or several of these.
+    """The layers of `model` that `targets` names (see `filtrun.surgery.pick`).
 
     Raises:
         UserError: one of them matches nothing, or is no regular expression.
     """
-    layers = adaptable(model)
-    holders = [name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()]
-    chosen: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        if target == "all":
-            found = set(layers)
-        elif target == "attention":
-            found = {n for n in layers for h in holders if n == h or n.startswith(f"{h}." if h else "")}
-        elif target in KINDS:
-            found = {name for name, m in layers.items() if isinstance(m, KINDS[target])}
-        else:
-            try:
-                pattern = re.compile(target)
-            except re.error as error:
-                raise UserError(f"method.lora.targets={target!r} is no regular expression: {error}") from error
-            found = {n for n in layers if pattern.fullmatch(n) or n == target or n.endswith(f".{target}")}
-        if not found:
-            shown = ", ".join(list(layers)[:12]) + (f", ... ({len(layers)} in all)" if len(layers) > 12 else "")
-            near = closest(target, [*layers, *GROUPS])
-            raise UserError(
-                f"method.lora.targets={target!r} matches no layer of {type(model).__name__}{near}\n"
-                f"groups: {', '.join(GROUPS)}; layers: {shown or '(none)'}"
-            )
-        chosen |= found
-    return {name: module for name, module in layers.items() if name in chosen}
+    return pick(model, adaptable(model), targets, KINDS, "method.lora.targets")
 
 
 @dataclass
@@ -175,10 +140,7 @@ class LoRA(Method):
     paper: ClassVar[str] = "LoRA, arXiv 2106.09685 (ICLR 2022)"
 
     def __post_init__(self) -> None:
-        texts = [self.targets] if isinstance(self.targets, str) else self.targets
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) and t for t in texts):
-            groups = ", ".join(GROUPS)
-            raise UserError(f"method.lora.targets={self.targets!r} must be a name, a group ({groups}) or a list")
+        check_targets(self.targets, KINDS, "method.lora.targets")
         check_options(self, "method.lora")
         self.wrapped: dict[str, tuple[nn.Module, list[tuple[nn.Module, str]]]] = {}
         self.parametrised: list[tuple[str, nn.Module, str]] = []
@@ -246,6 +208,7 @@ class LoRA(Method):
             layer: Any = wrapped
             layer.merge()
             plain = layer.get_base_layer().train(layer.training)
+            plain._forward_hooks.update(layer._forward_hooks)
             for parent, attribute in places:
                 setattr(parent, attribute, plain)
         for _, owner, tensor in self.parametrised:
@@ -282,7 +245,7 @@ class LoRA(Method):
                 if held is None:  # another method has taken it out of the module
                     held = run.weights.get(f"{name}.{full}".lstrip("."))
                 if held is not None and not any(held is p for p in head):
-                    run.claim(self, [held])
+                    run.claim(self, [held], "merge")
         self._insert(run.model, self.layers(run.model, head))
         if self.head:
             train_head(run)

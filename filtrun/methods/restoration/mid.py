@@ -111,7 +111,6 @@ class MID(Method):
         self.noisy: Split | None = None
         self.noise: Tensor | None = None
         self._shown = False
-        self._evaluating = False
         self.first_sigma = 0.0
 
     # -- the method's parts ----------------------------------------------------------------------------------------
@@ -212,7 +211,6 @@ class MID(Method):
         return total
 
     def before_eval(self, run: Run) -> None:
-        self._evaluating = True
         plain = run.model.forward
         averaged = functools.partial(self._averaged, plain)
         object.__setattr__(run.model, "forward", averaged)
@@ -222,13 +220,13 @@ class MID(Method):
         return restore(functools.partial(plain, **more), x, self.masks, self.alpha, self.same_mask, self._shown)
 
     def after_eval(self, run: Run) -> None:
-        self._evaluating = False
         object.__delattr__(run.model, "forward")
 
     def state_dict(self) -> dict[str, Any]:
-        # the pool is needed to go on training, and not by a finished model
-        kept = {} if self.noise is None or self._evaluating else {"noise": self.noise}
-        return {**kept, "first_sigma": self.first_sigma}
+        return {**({} if self.noise is None else {"noise": self.noise}), **self.delta_state()}
+
+    def delta_state(self) -> dict[str, Any]:
+        return {"first_sigma": self.first_sigma}  # the pool of noise is needed to go on training only
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.noise, self.first_sigma = state.get("noise"), state.get("first_sigma", 0.0)

@@ -241,6 +241,9 @@ class MisfGan(Method):
             return {}
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
 
+    def delta_state(self) -> dict[str, Any]:
+        return {}  # the trained generator needs no discriminator
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state and self.discriminator is not None and self.optimizer is not None:
             self.discriminator.load_state_dict(state["discriminator"])

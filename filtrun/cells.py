@@ -1,0 +1,67 @@
+"""What makes two runs the same run: the digest that names a sweep's cells, for a composed configuration or a record.
+
+Neither torch nor Hydra is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from filtrun.stages import digest
+
+MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust")
+"""Keys that do not change what a run computes."""
+
+MACHINE_OPTIONS = ("devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate")
+"""Trainer options that change how training runs and not what it computes: they are in no key."""
+
+ANY_FILES = (
+    "filtrun.data.folder.Folder",
+    "filtrun.data.images_folder.ImagesFolder",
+    "filtrun.data.pairs.Pairs",
+)
+"""Data that is whatever lies in its folder; for named sets the folder says where they are, not what they are."""
+
+
+def content(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a composed configuration that decides what a run computes and measures.
+
+    Where it runs is left out (`MACHINE_KEYS`, `MACHINE_OPTIONS` but for ``evaluate``), and where a named data set lies.
+    """
+    kept: dict[str, Any] = {k: v for k, v in config.items() if k not in (*MACHINE_KEYS, "hydra")}
+    for part in ("trainer", "pretrain"):
+        if isinstance(kept.get(part), dict):
+            kept[part] = {k: v for k, v in kept[part].items() if k not in MACHINE_OPTIONS or k == "evaluate"}
+    data = kept.get("data")
+    if isinstance(data, dict):
+        target = str(data.get("_target_", ""))
+        if target.startswith("filtrun.") and target not in ANY_FILES:
+            kept["data"] = {k: v for k, v in data.items() if k != "root"}
+    return kept
+
+
+def cell_digest(config: Mapping[str, Any]) -> str:
+    """16 hex digits that are the same for all runs that compute the same, however they were started."""
+    return digest(_as_recorded(content(config)))
+
+
+def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined with dots; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = value
+    return found
+
+
+def _as_recorded(value: Any) -> Any:
+    """As a record holds it: keys are text, tuples lists, and numbers that are not finite None."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_recorded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_recorded(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

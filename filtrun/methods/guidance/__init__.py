@@ -1,0 +1,1 @@
+"""Guidance of class-conditional diffusion models: how predictions are combined while samples are drawn."""

@@ -1,0 +1,397 @@
+"""Which layers share their channels, and taking channels out of all of them: torch-pruning's DependencyGraph inside.
+
+>>> channels = Channels(model, images[:1])  # doctest: +SKIP
+>>> scores = channels.importance("l1")  # one tensor for each group of coupled layers  # doctest: +SKIP
+>>> removal = channels.remove(select(scores, ratio=0.5))  # doctest: +SKIP
+>>> removal.apply(model)  # physically smaller and faster  # doctest: +SKIP
+
+Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023 (arXiv 2301.12900); the library is the optional extra
+``pip install 'filtrun[pruning]'``. Only channels whose removal gives what zeroing them gives are offered:
+
+- not those of the model's output, nor those that layer norm, group norm or attention mix;
+- not those that meet a parameter-free shortcut with other channel counts (option-A ResNets: inner channels only).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from filtrun.cost import layer_macs
+from filtrun.errors import Unfit, UserError, closest
+from filtrun.methods.pruning.removal import Removal, tensors_of
+
+if TYPE_CHECKING:
+    from filtrun.context import Run
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+SEPARATE = (*LAYERS, *NORMS, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+"""Modules with tensors that treat every channel by itself, or sum over channels: zero in means as good as absent."""
+
+
+def library() -> Any:
+    """The torch-pruning package. Raises UserError when the extra is not installed."""
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise UserError("removing channels needs torch-pruning: pip install 'filtrun[pruning]'") from error
+    return torch_pruning
+
+
+@dataclass
+class Part:
+    """One layer's share in a group: its channels `index` (M,) are the group's channels `root` (M,).
+
+    `inherits` marks a norm behind a depthwise convolution, whose channels are those of the layer before.
+    """
+
+    layer: str
+    module: nn.Module
+    side: str
+    index: Tensor
+    root: Tensor
+    inherits: bool = False
+
+
+@dataclass
+class Group:
+    """Channels that can only go together, in all layers that make, normalise or read them.
+
+    Attributes:
+        name: the layer whose outputs they are counted by.
+        size: how many there are.
+        parts: the layers; side ``out`` makes or normalises the channels, ``in`` reads them.
+    """
+
+    name: str
+    size: int
+    parts: list[Part]
+    raw: Any = None
+
+    @property
+    def norms(self) -> list[Part]:
+        """The batch norms with a scale among the parts."""
+        return [p for p in self.parts if isinstance(p.module, NORMS) and p.module.weight is not None]
+
+    def scales(self, part: Part) -> Tensor:
+        """|gamma| (size,) of a batch norm of the group, in the group's order of channels; 0 where it has none."""
+        gamma = torch.zeros(self.size)
+        gamma[part.root] = part.module.weight.detach().abs().float().cpu()[part.index]  # type: ignore[union-attr, operator]
+        return gamma
+
+
+class Channels:
+    """The groups of removable channels of a model, traced once on a copy; the model itself is not touched.
+
+    Args:
+        model: any module; gradients lying in its parameters are copied along (Taylor importance needs them).
+        args: positional inputs of one forward pass, small.
+        kwargs: named inputs.
+        ignore: names of layers whose output channels stay.
+
+    Attributes:
+        groups: what can be removed, in the order of the graph.
+
+    Raises:
+        UserError: the extra is missing or `ignore` names no layer.
+        Unfit: the model cannot be traced, or no channel of it can go.
+    """
+
+    def __init__(
+        self, model: nn.Module, *args: Any, kwargs: Mapping[str, Any] | None = None, ignore: Sequence[str] = ()
+    ) -> None:
+        tp = library()
+        self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
+        self.copy = copy.deepcopy(model).eval()
+        for mine, theirs in zip(self.copy.parameters(), model.parameters(), strict=True):
+            mine.requires_grad_(mine.is_floating_point())
+            mine.grad = None if theirs.grad is None else theirs.grad.detach().clone()
+        modules = dict(self.copy.named_modules())
+        for name in ignore:
+            if name not in modules:
+                raise UserError(f"ignore={name} names no module of the model{closest(name, list(modules))}")
+        kept = [m for name in ignore for m in modules[name].modules() if isinstance(m, LAYERS)]
+        kept += [m for a in modules.values() if _mixes_channels(a) for m in a.modules() if isinstance(m, LAYERS)]
+        try:
+            with torch.enable_grad(), _quiet():
+                self.graph = tp.DependencyGraph().build_dependency(
+                    self.copy, self.args, forward_fn=lambda m, _: m(*self.args, **self.kwargs), verbose=False
+                )
+                raw = list(self.graph.get_all_groups(ignored_layers=kept, root_module_types=LAYERS))
+        except Exception as error:
+            raise Unfit(f"this model's layers cannot be traced for pruning: {str(error).splitlines()[0]}") from error
+        self.groups = [group for found in raw if (group := self._group(found)) is not None]
+        if not self.groups:
+            raise Unfit(
+                "this model has no channels that can be taken out: its layers meet layer norm, group norm, attention "
+                "or the output; granularity=weight works on any model"
+            )
+
+    def _group(self, raw: Any) -> Group | None:
+        """A group of torch-pruning as ours; None when removing its channels would not equal zeroing them."""
+        parts = []
+        names = {module: name for name, module in self.copy.named_modules()}
+        split = any(type(item.dep.target.module).__name__ in ("_SplitOp", "_UnbindOp") for item in raw)
+        for item in raw:
+            module, dep = item.dep.target.module, item.dep
+            makes = self.graph.is_out_channel_pruning_fn(dep.handler)
+            if isinstance(module, nn.Parameter) or (makes and not dep.target.outputs):
+                return None  # a bare tensor over channels, or the model's output
+            if module not in names:
+                continue  # an operation without tensors
+            if not isinstance(module, SEPARATE) and any(True for _ in module.parameters(recurse=False)):
+                return None
+            index, root = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
+            if makes and not split and isinstance(module, LAYERS) and len(index) != self.graph.get_out_channels(module):
+                return None  # a shortcut joins different channel counts
+            behind = any(_depthwise(node.module) for node in dep.target.inputs)
+            parts.append(Part(names[module], module, "out" if makes else "in", index, root, behind))
+        return Group(parts[0].layer, len(raw[0].idxs), parts, raw)
+
+    def importance(self, kind: str | Any) -> list[Tensor]:
+        """Scores (size,) of every group, higher = keep.
+
+        Args:
+            kind: ``random`` (torch's generator), ``l1``, ``l2``, ``taylor`` (needs gradients in the model) or
+                ``bn_scale``; or any importance of torch-pruning. The norms and Taylor scores are means over the coupled
+                layers, divided by each group's mean so that groups can be ranked together; scales are compared as
+                they are.
+        """
+        tp = library()
+        made = {
+            "random": tp.importance.RandomImportance,
+            "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+            "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+            "taylor": tp.importance.GroupTaylorImportance,
+            "bn_scale": lambda: tp.importance.BNScaleImportance(normalizer=None),
+        }
+        rule = made[kind]() if isinstance(kind, str) else kind
+        scores = []
+        for group in self.groups:
+            found = rule(group.raw)
+            if found is None:
+                raise UserError(f"{group.name} has nothing that {kind} could judge; name it in ignore")
+            scores.append(found.detach().float().cpu())
+        return scores
+
+    def layer_macs(self) -> dict[str, float]:
+        """Layer name -> multiply-adds of one forward pass of the example inputs."""
+        training = self.model.training
+        with torch.no_grad():
+            found = layer_macs(self.model.eval(), lambda: _output(self.model, self.args, self.kwargs))
+        self.model.train(training)
+        return found
+
+    def macs(self, drop: Sequence[Tensor], dense: Mapping[str, float]) -> float:
+        """Multiply-adds left when the channels `drop` go; `dense` has those of each layer now (`layer_macs`)."""
+        lost: dict[tuple[str, str], int] = {}
+        sizes: dict[str, nn.Module] = {}
+        for group, gone in zip(self.groups, drop, strict=True):
+            for part in group.parts:
+                sizes[part.layer] = part.module
+                count = int(torch.isin(part.root, gone).sum())
+                lost[part.layer, part.side] = lost.get((part.layer, part.side), 0) + count
+        total = sum(dense.values())
+        for name, module in sizes.items():
+            if name in dense:
+                outs, ins = self.graph.get_out_channels(module), self.graph.get_in_channels(module)
+                depthwise = getattr(module, "groups", 1) > 1
+                left = 1 - lost.get((name, "out"), 0) / outs
+                left *= 1.0 if depthwise else 1 - lost.get((name, "in"), 0) / ins
+                total -= dense[name] * (1 - left)
+        return total
+
+    @torch.no_grad()
+    def remove(self, drop: Sequence[Tensor]) -> Removal:
+        """What goes when the channels `drop` (int64, one tensor a group) do. Uses the traced copy up: call it once.
+
+        Raises UserError when the model does not run without them.
+        """
+        before = {name: _sizes(module) for name, module in self.copy.named_modules()}
+        with torch.no_grad():
+            shape = _output(self.copy, self.args, self.kwargs).shape
+        old = {name: tensor.shape for name, tensor in tensors_of(self.copy).items()}
+        for tensor in tensors_of(self.copy).values():
+            tensor.grad = None
+            if tensor.ndim:
+                tensor.data = _codes(tensor.shape, tensor.device)
+        with _quiet():
+            for group, gone in zip(self.groups, drop, strict=True):
+                if len(gone):
+                    root = group.raw[0].dep
+                    self.graph.get_pruning_group(root.target.module, root.handler, gone.tolist()).prune()
+        removal = Removal()
+        for name, tensor in tensors_of(self.copy).items():
+            if tensor.shape != old[name]:
+                removal.keep[name] = _decode(tensor, old[name])
+        for name, module in self.copy.named_modules():
+            changed = {key: value for key, value in _sizes(module).items() if value != before[name].get(key)}
+            if changed:
+                removal.attributes[name] = changed
+        self._try(removal, shape)
+        return removal
+
+    def _try(self, removal: Removal, shape: torch.Size) -> None:
+        trial = copy.deepcopy(self.model).eval()
+        removal.apply(trial)
+        masked = copy.deepcopy(self.model).eval()
+        removal.mask(masked)
+        try:
+            output = _output(trial, self.args, self.kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the model does not run without the chosen channels ({str(error).splitlines()[0]}); name layers to "
+                "leave alone in ignore"
+            ) from error
+        if output.shape != shape:
+            raise UserError(f"removing channels changes the output from {tuple(shape)} to {tuple(output.shape)}")
+        removal.gap = (output - _output(masked, self.args, self.kwargs)).abs().max().item()
+
+
+def select(
+    scores: Sequence[Tensor], ratio: float, scope: str = "global", least: int | Sequence[int] = 1
+) -> list[Tensor]:
+    """The channels (int64, ascending) of each group to remove, the lowest scores first.
+
+    Args:
+        scores: (size,) for each group, higher = keep.
+        ratio: share of all channels (global), or of each group's (local), to remove: int(ratio n), ties by order.
+        scope: global or local.
+        least: channels that stay in every group, or in each one, whatever their scores.
+    """
+    sizes = [len(s) for s in scores]
+    return select_counts(
+        scores, [int(ratio * n) for n in sizes] if scope == "local" else int(ratio * sum(sizes)), least
+    )
+
+
+def select_counts(
+    scores: Sequence[Tensor], counts: int | Sequence[int], least: int | Sequence[int] = 1
+) -> list[Tensor]:
+    """As `select`, with the number of channels to remove: of all together, or of each group."""
+    if isinstance(counts, int):
+        owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
+        chosen = owner[torch.cat(list(scores)).argsort(stable=True)[:counts]]
+        counts = [int((chosen == i).sum()) for i in range(len(scores))]
+    stay = [least] * len(scores) if isinstance(least, int) else least
+    result = []
+    for s, count, low in zip(scores, counts, stay, strict=True):
+        room = max(0, len(s) - max(1, low))
+        result.append(s.argsort(stable=True)[: min(count, room)].sort().values)
+    return result
+
+
+def select_macs(
+    channels: Channels, scores: Sequence[Tensor], target: float, dense: Mapping[str, float], **options: Any
+) -> list[Tensor]:
+    """The smallest selection whose removal leaves at most the share 1 - `target` of the multiply-adds.
+
+    Found by bisection over the ratio of channels; the largest possible one when the target cannot be met.
+    """
+    goal = (1 - target) * sum(dense.values())
+    total = sum(len(s) for s in scores)
+    low, high = 0, total
+    while low < high:
+        middle = (low + high) // 2
+        drop = select(scores, middle / max(total, 1) + 1e-9, **options)
+        if channels.macs(drop, dense) <= goal:
+            high = middle
+        else:
+            low = middle + 1
+    return select(scores, min(1.0, low / max(total, 1) + 1e-9), **options)
+
+
+def example_inputs(run: Run, forward: Callable[[], Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs (args, kwargs) the run's model is called with, the first sample of the task's probe batch."""
+    caught: list[Any] = []
+
+    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not caught:
+            caught.append((args, kwargs))
+
+    hook = run.model.register_forward_pre_hook(catch, with_kwargs=True)
+    net, training = run.net, run.model.training
+    run.net = run.model
+    try:
+        with torch.no_grad():
+            run.model.eval()
+            (forward or (lambda: run.task.probe(run)))()
+    finally:
+        hook.remove()
+        run.net = net
+        run.model.train(training)
+    args, kwargs = caught[0]
+    size = max((len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim), default=1)
+
+    def first(value: Any) -> Any:
+        return value[:1].detach().clone() if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+
+    return tuple(first(a) for a in args), {key: first(value) for key, value in kwargs.items()}
+
+
+# -- parts of the above ----------------------------------------------------------------------------------------------
+def _depthwise(module: Any) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
+
+
+def _mixes_channels(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or "attention" in type(module).__name__.lower()
+
+
+def _output(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    out = model(*args, **kwargs)
+    while not isinstance(out, Tensor):
+        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
+    return out
+
+
+def _sizes(module: nn.Module) -> dict[str, Any]:
+    """The whole numbers, and tuples of them, a module keeps as plain attributes."""
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    return {
+        key: value for key, value in vars(module).items()
+        if not key.startswith("_") and (whole(value) or (isinstance(value, tuple) and value and all(map(whole, value))))
+    }  # fmt: skip
+
+
+def _codes(shape: torch.Size, device: torch.device) -> Tensor:
+    """A double tensor that says of each entry where in the first two dimensions it was."""
+    rows = torch.arange(shape[0], dtype=torch.float64, device=device)
+    if len(shape) == 1:
+        return rows
+    columns = torch.arange(shape[1], dtype=torch.float64, device=device)
+    tail = [1] * (len(shape) - 2)
+    return (rows[:, None] * shape[1] + columns).view(shape[0], shape[1], *tail).expand(shape).contiguous()
+
+
+def _decode(codes: Tensor, old: torch.Size) -> dict[int, Tensor]:
+    """Which rows and columns of the old shape are left."""
+    if codes.shape[2:] != old[2:]:
+        raise UserError(f"a tensor of shape {tuple(old)} would lose more than channels")
+    keep = {}
+    wide = old[1] if len(old) > 1 else 1
+    table = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes[:, None]
+    places = {0: (table[:, 0] // wide).long()}
+    if len(old) > 1:
+        step = table.shape[1] // codes.shape[1]
+        places[1] = (table[0, ::step] % wide).long()
+    for dim, rows in places.items():
+        if len(rows) != old[dim]:
+            keep[dim] = torch.zeros(old[dim], dtype=torch.bool).index_fill_(0, rows.cpu(), True)
+    return keep
+
+
+def _quiet() -> Any:
+    """Warnings of the tracer about what it guesses are not the user's business: the result is tried."""
+    import warnings
+
+    return warnings.catch_warnings(action="ignore")

@@ -1,0 +1,144 @@
+"""The cells of a paper's table at one scale, with the records there are of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filtrun.cells import cell_digest
+from filtrun.errors import UserError, closest
+from filtrun.report.evidence import measured
+
+if TYPE_CHECKING:
+    from filtrun.report.card import Card, Table
+    from filtrun.sweep import Job
+
+DONE, MISSING = "finished", "not run"
+
+
+@dataclass
+class Slot:
+    """One cell: `state` is finished, not run, or what became of its last run (failed, interrupted, running)."""
+
+    row: str
+    seed: int
+    job: Job
+    record: dict[str, Any] | None = None
+    state: str = MISSING
+    error: str = ""
+
+
+@dataclass
+class Grid:
+    """A table at one scale. `problems` says of a row why it cannot be composed."""
+
+    card: Card
+    table: Table
+    scale: str
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+    slots: list[Slot] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[Slot]:
+        """The cells without a finished record."""
+        return [slot for slot in self.slots if slot.record is None]
+
+    def records(self, row: str | None = None) -> list[dict[str, Any]]:
+        """The finished records of a row, or of all, in the order of the seeds."""
+        return [s.record for s in self.slots if s.record is not None and row in (None, s.row)]
+
+    def values(self, row: str, metric: str) -> dict[int, float]:
+        """A metric of a row by seed; seeds whose run has not measured it are left out."""
+        found = {s.seed: measured(s.record, metric) for s in self.slots if s.row == row and s.record is not None}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def seconds(self, row: str) -> float | None:
+        """What a cell of the row took, on average over its finished ones; None when there is none."""
+        took = [
+            float(r["cost"]["total_seconds"]) for r in self.records(row) if (r.get("cost") or {}).get("total_seconds")
+        ]
+        return sum(took) / len(took) if took else None
+
+
+def read_grid(
+    card: Card,
+    table: Table,
+    scale: str,
+    sweep_dir: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    extra: Sequence[str] = (),
+    config_dirs: Sequence[str | Path] = (),
+) -> Grid:
+    """Compose a table's cells and find their records: below `sweep_dir`, else among the single runs beside it.
+
+    Args:
+        rows: only these rows of the table (those it does not have are passed over).
+        seeds: instead of the card's.
+        extra: overrides that say where cells run.
+    """
+    from filtrun.sweep import make_jobs
+
+    how = table.scales.get(scale)
+    chosen = tuple(row for row in table.rows if how is not None and (rows is None or row in rows))
+    grid = Grid(card, table, scale, chosen, tuple(seeds) if seeds else how.seeds if how else ())
+    for row in chosen:
+        overrides = (*(how.overrides if how else ()), *table.rows[row], f"scale={scale}")
+        try:
+            jobs = make_jobs(overrides, grid.seeds, sweep_dir, label=row, extra=extra, config_dirs=config_dirs)
+        except UserError as error:
+            grid.problems[row] = str(error).partition("\n")[0]
+            continue
+        grid.slots += [Slot(row, seed, job) for seed, job in zip(grid.seeds, jobs, strict=True)]
+    find_records(grid.slots, sweep_dir)
+    return grid
+
+
+def find_records(slots: Sequence[Slot], sweep_dir: Path) -> None:
+    """Fill in the records of cells: from a cell's own folder, else a finished single run that computed the same."""
+    singles: dict[str, dict[str, Any]] | None = None
+    for slot in slots:
+        found = _read(slot.job.folder)
+        state = str(found.get("status")) if found else MISSING
+        if found and state == DONE and cell_digest(found.get("config") or {}) == slot.job.folder.name:
+            slot.record, slot.state, slot.error = found, DONE, ""
+            continue
+        if singles is None:
+            singles = _singles(sweep_dir.parent / "runs")
+        slot.record = singles.get(slot.job.folder.name)
+        slot.state = DONE if slot.record else MISSING if state == DONE else state
+        slot.error = "" if slot.record or not found else str(found.get("error") or "").partition("\n")[0]
+
+
+def choose_rows(card: Card, names: Sequence[str]) -> None:
+    """Raise UserError for a row that no table of the card has."""
+    known = [row for table in card.tables for row in table.rows]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--rows {name}: the paper {card.slug} has no such row{closest(name, known)}; it has {', '.join(known)}"
+            )
+
+
+def _singles(folder: Path) -> dict[str, dict[str, Any]]:
+    """The finished runs in a folder by what they computed; of several the latest by name."""
+    found = {}
+    for path in sorted(folder.glob("*/record.json")):
+        record = _read(path.parent)
+        if record and record.get("status") == DONE:
+            found[cell_digest(record.get("config") or {})] = record
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record | {"folder": str(folder)} if isinstance(record, dict) else None

@@ -1,0 +1,161 @@
+"""A paper's table at one scale as a sheet: ours from the records beside the published numbers, every claim judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from filtrun.report import units
+from filtrun.report.caption import caption, warnings
+from filtrun.report.card import Claim, Published
+from filtrun.report.grid import Grid
+from filtrun.report.judge import NOT_RUN, Verdict, judge, verdict_data
+from filtrun.report.sheet import Box, Column, Judged, Number, Sheet, evidence, marks, metric_facts
+from filtrun.report.statistics import mean, std
+
+
+def paper_sheet(grid: Grid, *, only_rows: bool = False) -> Sheet:
+    """The table of a grid; with `only_rows` without rows that are published and not run here."""
+    card, table = grid.card, grid.table
+    numbers = numbers_of(grid)
+    claims = [
+        c for c in card.claims if c.table == table.name and (not only_rows or {c.better, c.than} <= set(grid.rows))
+    ]
+    verdicts = [judge_claim(claim, grid) for claim in claims]
+    published = [p for p in table.published if not only_rows or set(p.rows) & set(grid.rows)]
+    names = list(grid.rows)
+    if published and not only_rows:
+        names += [row for row in published[0].rows if row not in names]
+    ours = f"ours, {grid.scale} scale"
+    columns = [Column("", number=False)] + [Column(numbers[m].title, b, ours) for m, b in table.metrics.items()]
+    rows = [[Box(name)] for name in names]
+    for metric, better in table.metrics.items():
+        values = [list(grid.values(row, metric).values()) for row in names]
+        marked = marks([mean(v) if v else None for v in values], better)
+        for row, value, mark in zip(rows, values, marked, strict=True):
+            row.append(Box(numbers[metric].values(value), mark))
+    _trained(grid, columns, rows, names, ours)
+    sheet = Sheet(f"{card.title}: {table.title}", columns, rows, caption(grid))
+    for position, block in enumerate(published):
+        told = _published_note(block, grid.scale)
+        if position == 0:
+            sheet.notes.append(f"[1] {told}")
+            _add_published(block, columns, rows, names, "published [1]")
+        else:
+            sheet.more.append(_published_sheet(block, f"Published [{position + 1}]: {told}", names, only_rows))
+    sheet.claims = [Judged(v.verdict, f"{v.claim.says} [{v.claim.source}]", evidence(v, numbers)) for v in verdicts]
+    sheet.warnings = warnings(grid)
+    sheet.missing = missing_lines(grid)
+    known = table.measured_at(grid.scale)
+    if known is not None and grid.missing:
+        sheet.notes.append(
+            f"the card has numbers measured at {known.scale} scale on {known.date} (`filtrun info {card.slug}`); this "
+            "table shows records of runs only"
+        )
+    sheet.data = _data(grid, sheet, verdicts)
+    return sheet
+
+
+def numbers_of(grid: Grid) -> dict[str, Number]:
+    """How the metrics of a grid's table are written."""
+    tasks = {str(s.job.config.get("task", {}).get("_target_")): None for s in grid.slots}
+    facts = metric_facts(list(tasks))
+    return {metric: Number.of(metric, facts) for metric in grid.table.metrics}
+
+
+def judge_claim(claim: Claim, grid: Grid) -> Verdict:
+    """The verdict of a claim of the grid's table, from its records."""
+    better = grid.table.metrics[claim.metric]
+    ours, theirs = (grid.values(row, claim.metric) for row in (claim.better, claim.than))
+    return judge(claim, better, ours, theirs, grid.seeds)
+
+
+def missing_lines(grid: Grid) -> list[str]:
+    """The cells that are not run, row by row, with what they would cost by earlier runs of their row."""
+    lines, total, unknown = [], 0.0, 0
+    for row in grid.rows:
+        slots = [s for s in grid.missing if s.row == row]
+        if row in grid.problems:
+            lines.append(f"{row}: cannot be composed: {grid.problems[row]}")
+        if not slots:
+            continue
+        each = grid.seconds(row)
+        total, unknown = total + (each or 0) * len(slots), unknown + (each is None) * len(slots)
+        cost = "cost unknown" if each is None else f"about {units.duration(each)} each"
+        lines.append(f"{row}: seed {', '.join(str(s.seed) for s in slots)} ({cost})")
+        for slot in slots:
+            if slot.state not in (NOT_RUN, "running"):
+                lines.append(f"{row} seed={slot.seed} {slot.state}: {slot.error}")
+    if grid.missing:
+        cost = f"about {units.duration(total)}" if total else "cost unknown"
+        cost += f", {unknown} of unknown cost" if unknown and total else ""
+        count = len(grid.missing)
+        lines.append(f"{count} of {len(grid.slots)} cells {'is' if count == 1 else 'are'} not run ({cost}); --run does")
+    return lines
+
+
+def _trained(grid: Grid, columns: list[Column], rows: list[list[Box]], names: Sequence[str], group: str) -> None:
+    """Add how much is trained, where the rows differ in it."""
+    told = []
+    for row in names:
+        cost = next(((r.get("cost") or {}) for r in grid.records(row)), {})
+        count, total = cost.get("trainable_params"), cost.get("total_params")
+        share = f" ({count / total:.1%})" if count and total else ""
+        told.append("-" if count is None else f"{count:,}{share}")
+    if "cost/trainable_params" not in grid.table.metrics and len(set(told) - {"-"}) > 1:
+        columns.append(Column("trained parameters", "", group))
+        for boxes, text in zip(rows, told, strict=True):
+            boxes.append(Box(text))
+
+
+def _published_note(block: Published, scale: str) -> str:
+    told = f"{block.setting} [{block.source}]"
+    return told if scale in block.same else f"{told}; another setting than ours, not to be compared"
+
+
+def _add_published(
+    block: Published, columns: list[Column], rows: list[list[Box]], names: Sequence[str], group: str
+) -> None:
+    for metric, better in block.better.items():
+        values = [block.rows.get(name, {}).get(metric) for name in names]
+        digits = max((len(f"{v:.6g}".partition(".")[2]) for v in values if v is not None), default=0)
+        columns.append(Column(metric, better, group))
+        for row, value, mark in zip(rows, values, marks(values, better), strict=True):
+            row.append(Box("-" if value is None else f"{value:.{digits}f}", mark))
+
+
+def _published_sheet(block: Published, title: str, names: Sequence[str], only_rows: bool) -> Sheet:
+    shown = [row for row in block.rows if not only_rows or row in names]
+    columns, rows = [Column("", number=False)], [[Box(row)] for row in shown]
+    _add_published(block, columns, rows, shown, "")
+    return Sheet(title, columns, rows)
+
+
+def _data(grid: Grid, sheet: Sheet, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for row in grid.rows:
+        values = {metric: grid.values(row, metric) for metric in grid.table.metrics}
+        rows[row] = {
+            "n": len(grid.records(row)),
+            "metrics": {
+                metric: {"mean": mean(list(v.values())), "std": std(list(v.values())), "values": v}
+                for metric, v in values.items()
+                if v
+            },
+            "records": [r["folder"] for r in grid.records(row)],
+        }
+    return {
+        "paper": grid.card.slug, "table": grid.table.name, "title": sheet.title, "scale": grid.scale,
+        "setting": grid.table.setting, "seeds": list(grid.seeds), "metrics": dict(grid.table.metrics), "rows": rows,
+        "published": [
+            {"setting": p.setting, "source": p.source, "better": p.better, "rows": p.rows,
+             "same_setting": grid.scale in p.same} for p in grid.table.published
+        ],
+        "claims": [verdict_data(v) for v in verdicts],
+        "missing": [
+            {"row": s.row, "seed": s.seed, "state": s.state, "error": s.error or None,
+             "overrides": list(s.job.overrides), "folder": str(s.job.folder), "seconds": grid.seconds(s.row)}
+            for s in grid.missing
+        ],
+        "problems": grid.problems, "caption": sheet.caption, "warnings": sheet.warnings,
+    }  # fmt: skip

@@ -1,0 +1,169 @@
+"""Run many cells one after the other in this process, each as if it had one of its own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filtrun.cells import cell_digest
+from filtrun.composed import kept
+from filtrun.errors import Busy, Interrupted, RunFailure, UserError
+
+POLL = 1.0
+"""Seconds between two looks at a cell that another process is running."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A composed cell: what `filtrun.launch.execute` needs, and the folder named by what it computes."""
+
+    label: str
+    overrides: tuple[str, ...]
+    config: dict[str, Any]
+    choices: dict[str, str]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: its record, or why there is none."""
+
+    job: Job
+    record: Any = None
+    error: str = ""
+    seconds: float = 0.0
+
+
+def make_jobs(
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    sweep_dir: Path,
+    *,
+    label: str = "",
+    extra: Sequence[str] = (),
+    config_dirs: Sequence[str | Path] = (),
+) -> list[Job]:
+    """The cells of one row of a table, a job for each seed; composed once, as only the seed differs.
+
+    Args:
+        overrides: of all the row's cells, without the seed.
+        sweep_dir: where the folders of cells lie.
+        extra: overrides that say where to run (device, stages.root, ...).
+
+    Raises:
+        UserError: an override names what does not exist.
+    """
+    if not seeds:
+        return []
+    words = [o for o in overrides if not o.startswith("seed=")]
+
+    def compose() -> list[Any]:
+        from filtrun.api import composed_by_hydra, plain
+
+        composed = composed_by_hydra([*words, f"seed={seeds[0]}", *extra], config_dirs)
+        found = []
+        for seed in seeds:
+            each = copy.copy(composed)
+            each.seed = seed
+            found.append(plain(each))
+        return found
+
+    key = [*words, *extra, f"seeds={list(seeds)}"]
+    found = kept(sweep_dir, key, config_dirs, lambda: [list(pair) for pair in compose()])
+    return [
+        Job(
+            f"{label} seed={seed}".strip(), (*words, f"seed={seed}", *extra), config, choices,
+            sweep_dir / cell_digest(config),
+        )
+        for seed, (config, choices) in zip(seeds, found, strict=True)
+    ]  # fmt: skip
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    starts: Callable[[int, Job], None] = lambda done, job: None,
+    ended: Callable[[int, Outcome], None] = lambda done, outcome: None,
+) -> list[Outcome]:
+    """Do the jobs in turn; one that fails does not stop the others. A cell another process is at is waited for, last.
+
+    `starts` and `ended` are called with the number of jobs that have ended and the one at hand. Raises
+    KeyboardInterrupt (from Interrupted) when the sweep is stopped.
+    """
+    waiting, outcomes = list(jobs), list[Outcome]()
+    while waiting:
+        busy = []
+        for job in waiting:
+            starts(len(outcomes), job)
+            outcome = run_job(job)
+            if outcome is None:
+                busy.append(job)
+            else:
+                outcomes.append(outcome)
+                ended(len(outcomes), outcome)
+        if len(busy) == len(waiting):
+            time.sleep(POLL)
+        waiting = busy
+    return outcomes
+
+
+def run_job(job: Job) -> Outcome | None:
+    """One cell in its folder, by the launch path of the command line; None when another process is running it."""
+    from filtrun.launch import execute
+
+    started = time.perf_counter()
+    record, error = None, ""
+    try:
+        with alone():
+            record = execute(job.config, job.choices, job.folder, list(job.overrides), quiet=True, cell=True)
+    except Busy:
+        return None
+    except Interrupted as stop:
+        raise KeyboardInterrupt from stop
+    except (UserError, RunFailure) as failure:
+        error = str(failure).strip() or type(failure).__name__
+    return Outcome(job, record, error, time.perf_counter() - started)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Leave the global settings of torch and Python as they were found, whatever a cell does to them.
+
+    Generators need no care: a run seeds them before it draws.
+    """
+    import torch
+
+    backends = torch.backends
+    settings: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_default_dtype, torch.get_default_dtype()),
+        (torch.set_num_threads, torch.get_num_threads()),
+        (torch.set_grad_enabled, torch.is_grad_enabled()),
+        (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
+        (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
+        (lambda value: setattr(backends.cudnn, "benchmark", value), backends.cudnn.benchmark),
+        (lambda value: setattr(backends.cudnn, "deterministic", value), backends.cudnn.deterministic),
+    ]
+    environment, path = dict(os.environ), list(sys.path)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for restore, value in settings:
+            restore(value)
+        sys.path[:] = path
+        for key in set(os.environ) - set(environment):
+            del os.environ[key]
+        os.environ.update(environment)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
