@@ -21,7 +21,7 @@ def base_model(plan: Plan, run: Run) -> tuple[nn.Module, str]:
     normalize = plan.config["model"].get("normalize", "data")
     if plan.base == "pretrain":
         model, _ = train_stage(
-            run, "pretrain", plan.make_model, parts={"model": _model_options(plan.config)},
+            run, "pretrain", plan.make_model, parts={"model": model_options(plan.config)},
             task=plan.task.pretraining(), trainer=plan.pretrain, which=plan.config["pretrain"].get("classes", "source"),
             seed=plan.config["pretrain"].get("seed", 0), normalize=normalize,
         )  # fmt: skip
@@ -35,7 +35,7 @@ def base_model(plan: Plan, run: Run) -> tuple[nn.Module, str]:
     return model.to(run.device), weights_sha256(model)
 
 
-def _model_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the configuration says of the model itself, without where its weights come from."""
     from filtrun.build import RESERVED
 
@@ -59,7 +59,7 @@ def evaluate_base(run: Run, base_sha256: str) -> dict[str, float]:
 
     parts = {
         "base": base_sha256,
-        "model": _model_options(run.config),  # the same weights can compute something else
+        "model": model_options(run.config),  # the same weights can compute something else
         "task": dataclasses.asdict(run.task),
         "data": run.data.fingerprint(),
         "classes": [run.which, run.keeps, run.data.source, run.data.target],

@@ -58,9 +58,7 @@ class Plan:
 
     def make_model(self, pretrained: bool = False) -> nn.Module:
         """Build the model for the data (which must be set up); its weights come from torch's global generator."""
-        from torch import nn
-
-        sizes = {name: value for name, value in self.task.sizes(self.data).items() if name not in self.config["model"]}
+        more: dict[str, Any] = {}
         if pretrained:
             target = resolve(self.config["model"]["_target_"], self.trust)
             if "pretrained" not in inspect.signature(target).parameters:
@@ -68,8 +66,8 @@ class Plan:
                     f"model={self.choices.get('model')} has no weights on a hub; use model.base=checkpoint with "
                     "model.checkpoint=FILE, or model=timm or model=diffusers"
                 )
-            sizes["pretrained"] = True
-        return build(self.config["model"], nn.Module, "model", trust=self.trust, **sizes)
+            more["pretrained"] = True
+        return new_model(self.config, self.task, self.data, **more)
 
     def key(self) -> str:
         """16 hex digits: configuration without machine keys, data content and code version."""
@@ -109,11 +107,6 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
         raise UserError(f"threads={threads!r} must be a whole number from 1, or null")
     trainer = make_trainer(cfg["trainer"], "trainer")
     _check_choice("pretrain.classes", cfg["pretrain"].get("classes", "source"), ("source", "all"))
-    pretrain = {**cfg["trainer"], **{k: v for k, v in cfg["pretrain"].items() if k not in ("seed", "classes")}}
-    if "steps" in cfg["pretrain"] and cfg["pretrain"]["steps"] is not None:
-        pretrain["epochs"] = None
-    elif cfg["pretrain"].get("epochs") is not None:
-        pretrain["steps"] = None
     base = cfg["model"].get("base", "pretrain")
     methods = make_methods(cfg.get("method") or {}, trust)
     if cfg["classes"] == "auto" and base == "pretrain" and "target" in cfg["data"] and _only_samples(methods):
@@ -125,7 +118,7 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
         config=cfg,
         choices=dict(choices or {}),
         trainer=trainer,
-        pretrain=make_trainer(pretrain, "pretrain"),
+        pretrain=pretrainer(cfg),
         data=build(cfg["data"], Data, "data", trust=trust),
         task=build(cfg["task"], Task, "task", trust=trust),
         methods=methods,
@@ -143,6 +136,25 @@ def make_trainer(node: Mapping[str, Any], where: str) -> Trainer:
     trainer = Trainer(**typed(Trainer, node, where))
     check_options(trainer, where)
     return trainer
+
+
+def pretrainer(config: Mapping[str, Any]) -> Trainer:
+    """How a base is trained: the run's options, but for those that ``pretrain`` sets."""
+    own = config["pretrain"]
+    options = {**config["trainer"], **{k: v for k, v in own.items() if k not in ("seed", "classes")}}
+    if own.get("steps") is not None:
+        options["epochs"] = None
+    elif own.get("epochs") is not None:
+        options["steps"] = None
+    return make_trainer(options, "pretrain")
+
+
+def new_model(config: Mapping[str, Any], task: Task, data: Data, **more: Any) -> nn.Module:
+    """An untrained model of a configuration for `data`, which is set up; its weights come from torch's generator."""
+    from torch import nn
+
+    sizes = {name: value for name, value in task.sizes(data).items() if name not in config["model"]} | more
+    return build(config["model"], nn.Module, "model", trust=list(config.get("trust") or []), **sizes)
 
 
 def make_methods(nodes: Mapping[str, Any], trust: list[str]) -> list[Method]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from filtrun.cells import MACHINE_OPTIONS
 from filtrun.code_version import code_version, module_version
 from filtrun.context import Run, seed_generators
 from filtrun.loggers import Loggers
+from filtrun.method import Method
 from filtrun.methods.baseline.full import Full
 from filtrun.pack import load_tree, save_tree
 from filtrun.task import Task
@@ -37,6 +38,7 @@ def train_stage(
     which: str = "all",
     seed: int = 0,
     normalize: str = "data",
+    methods: Sequence[Method] = (),
 ) -> tuple[nn.Module, Path]:
     """Return (the trained model, its stage folder), trained now or taken from the cache.
 
@@ -46,6 +48,8 @@ def train_stage(
         make: builds the untrained model; called under `seed`.
         parts: what the model itself depends on; data, task, trainer, seed and code are added here.
         which: classes it is trained on.
+        methods: fresh methods that act in the training, keyed by class and options; what else they hold (masks, a
+            part of the data) belongs into `parts`. Empty: plain training of everything.
     """
     seed_generators(seed, run.device)
     model = make()
@@ -60,13 +64,16 @@ def train_stage(
         "trainer": trainer_key(trainer),
         "seed": seed,
         "normalize": normalize,
-        "code": {**code_version(model, task), runner.__name__: module_version(runner.__name__)},
+        "code": {**code_version(model, task, *methods), runner.__name__: module_version(runner.__name__)},
     }
+
+    if methods:
+        key["methods"] = [{"class": type(m).__qualname__, **dataclasses.asdict(m)} for m in methods]
 
     def build(folder: Path) -> None:
         log, ema = Log(trainer.log_every, Loggers(), run.bar), Ema(trainer.ema) if trainer.ema else None
         inner = Run(
-            fabric=run.fabric, task=task, data=run.data, model=model, methods=[Full()], trainer=trainer,
+            fabric=run.fabric, task=task, data=run.data, model=model, methods=[*methods] or [Full()], trainer=trainer,
             stages=run.stages, seed=seed, train_split=run.data.split("train", which), normalize=normalize,
             callbacks=[log, *([ema] if ema else [])], label=name, which=which, bar=run.bar,
         )  # fmt: skip

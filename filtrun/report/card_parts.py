@@ -80,15 +80,19 @@ class Table:
         """What the card says was measured at a scale."""
         return next((m for m in self.measured if m.scale == scale), None)
 
+    def overrides(self, row: str, scale: str) -> tuple[str, ...]:
+        """What makes the runs of a row at a scale, but for the seed."""
+        how = self.scales[scale]
+        return (*how.overrides, *self.rows[row], *how.rows.get(row, ()), f"scale={scale}")
+
     def cells(self, scale: str) -> list[Cell]:
         """The runs at one scale, row by row; empty when the table has no such scale."""
         if scale not in self.scales:
             return []
-        how = self.scales[scale]
         return [
-            Cell(row, seed, (*how.overrides, *overrides, *how.rows.get(row, ()), f"scale={scale}", f"seed={seed}"))
-            for row, overrides in self.rows.items()
-            for seed in how.seeds
+            Cell(row, seed, (*self.overrides(row, scale), f"seed={seed}"))
+            for row in self.rows
+            for seed in self.scales[scale].seeds
         ]
 
 

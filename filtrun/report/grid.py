@@ -89,7 +89,7 @@ def read_grid(
     chosen = tuple(row for row in table.rows if how is not None and (rows is None or row in rows))
     grid = Grid(card, table, scale, chosen, tuple(seeds) if seeds else how.seeds if how else ())
     for row in chosen:
-        overrides = (*(how.overrides if how else ()), *table.rows[row], f"scale={scale}")
+        overrides = table.overrides(row, scale)
         try:
             jobs = make_jobs(overrides, grid.seeds, sweep_dir, label=row, extra=extra, config_dirs=config_dirs)
         except UserError as error:

@@ -53,6 +53,18 @@ def test_the_gallery_cell_has_defaults_and_can_be_chosen():
     assert make_card("b", {**GOOD, "tables": [], "claims": []}).gallery is None
 
 
+def test_a_scale_adds_to_single_rows():
+    values = copy.deepcopy(GOOD)
+    values["tables"][0]["scales"]["smoke"]["rows"] = {"b": ["lr=2"]}
+    table = make_card("a", values).table("t")
+    assert table.overrides("b", "smoke") == ("method=b", "lr=1", "lr=2", "scale=smoke")
+    assert table.overrides("a", "smoke") == ("method=a", "scale=smoke")
+    assert table.overrides("b", "laptop") == ("data=digits", "method=b", "lr=1", "scale=laptop")
+    values["tables"][0]["scales"]["smoke"]["rows"] = {"c": ["lr=2"]}
+    with pytest.raises(UserError, match="scales.smoke: rows names no row 'c' of the table"):
+        make_card("a", values)
+
+
 def test_tuning_and_the_same_setting():
     values = copy.deepcopy(GOOD) | {"tuning": "by\n hand"}
     values["tables"][0]["published"][0]["same"] = ["paper"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 
 from filtrun.errors import UserError
 from filtrun.report.card import make_card
-from filtrun.report.grid import choose_rows
+from filtrun.report.grid import choose_rows, read_grid
 
 
 def test_cells_find_their_records(cards, run_sweeps):
@@ -90,3 +91,15 @@ def test_composed_cells_are_kept_until_a_config_changes(cards, tmp_path, monkeyp
     assert folder() == first and len(calls) == 1
     (config / "mine.yaml").write_text("# longer\nfull: {_target_: filtrun.methods.baseline.full.Full}\n")
     assert folder() == first and len(calls) == 2
+
+
+def test_a_row_may_differ_at_one_scale(cards, run_sweeps):
+    values = copy.deepcopy(cards.CARD)
+    plain = {(s.row, s.seed): s.job.folder for s in cards.grid_of(run_sweeps).slots}
+    table = values["tables"][0]
+    table["scales"]["laptop"]["rows"] = {"head": ["trainer.lr=0.5"]}
+    made = make_card("tiny", values)
+    moved = read_grid(made, made.tables[0], "laptop", run_sweeps)
+    changed = {slot.row for slot in moved.slots if plain[slot.row, slot.seed] != slot.job.folder}
+    assert changed == {"head"}
+    assert all(slot.job.config["trainer"]["lr"] == 0.5 for slot in moved.slots if slot.row == "head")

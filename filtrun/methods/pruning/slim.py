@@ -24,10 +24,14 @@ from torch import Tensor, nn
 
 from filtrun.cost import layer_macs
 from filtrun.errors import Unfit, UserError, closest
+from filtrun.methods.pruning.index_codes import codes, decode, sizes_of
 from filtrun.methods.pruning.removal import Removal, tensors_of
+from filtrun.methods.pruning.selection import select, select_counts, select_macs
 
 if TYPE_CHECKING:
     from filtrun.context import Run
+
+__all__ = ["Channels", "Group", "Part", "example_inputs", "library", "select", "select_counts", "select_macs"]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -213,14 +217,14 @@ class Channels:
 
         Raises UserError when the model does not run without them.
         """
-        before = {name: _sizes(module) for name, module in self.copy.named_modules()}
+        before = {name: sizes_of(module) for name, module in self.copy.named_modules()}
         with torch.no_grad():
             shape = _output(self.copy, self.args, self.kwargs).shape
         old = {name: tensor.shape for name, tensor in tensors_of(self.copy).items()}
         for tensor in tensors_of(self.copy).values():
             tensor.grad = None
             if tensor.ndim:
-                tensor.data = _codes(tensor.shape, tensor.device)
+                tensor.data = codes(tensor.shape, tensor.device)
         with _quiet():
             for group, gone in zip(self.groups, drop, strict=True):
                 if len(gone):
@@ -229,9 +233,9 @@ class Channels:
         removal = Removal()
         for name, tensor in tensors_of(self.copy).items():
             if tensor.shape != old[name]:
-                removal.keep[name] = _decode(tensor, old[name])
+                removal.keep[name] = decode(tensor, old[name])
         for name, module in self.copy.named_modules():
-            changed = {key: value for key, value in _sizes(module).items() if value != before[name].get(key)}
+            changed = {key: value for key, value in sizes_of(module).items() if value != before[name].get(key)}
             if changed:
                 removal.attributes[name] = changed
         self._try(removal, shape)
@@ -252,59 +256,6 @@ class Channels:
         if output.shape != shape:
             raise UserError(f"removing channels changes the output from {tuple(shape)} to {tuple(output.shape)}")
         removal.gap = (output - _output(masked, self.args, self.kwargs)).abs().max().item()
-
-
-def select(
-    scores: Sequence[Tensor], ratio: float, scope: str = "global", least: int | Sequence[int] = 1
-) -> list[Tensor]:
-    """The channels (int64, ascending) of each group to remove, the lowest scores first.
-
-    Args:
-        scores: (size,) for each group, higher = keep.
-        ratio: share of all channels (global), or of each group's (local), to remove: int(ratio n), ties by order.
-        scope: global or local.
-        least: channels that stay in every group, or in each one, whatever their scores.
-    """
-    sizes = [len(s) for s in scores]
-    return select_counts(
-        scores, [int(ratio * n) for n in sizes] if scope == "local" else int(ratio * sum(sizes)), least
-    )
-
-
-def select_counts(
-    scores: Sequence[Tensor], counts: int | Sequence[int], least: int | Sequence[int] = 1
-) -> list[Tensor]:
-    """As `select`, with the number of channels to remove: of all together, or of each group."""
-    if isinstance(counts, int):
-        owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-        chosen = owner[torch.cat(list(scores)).argsort(stable=True)[:counts]]
-        counts = [int((chosen == i).sum()) for i in range(len(scores))]
-    stay = [least] * len(scores) if isinstance(least, int) else least
-    result = []
-    for s, count, low in zip(scores, counts, stay, strict=True):
-        room = max(0, len(s) - max(1, low))
-        result.append(s.argsort(stable=True)[: min(count, room)].sort().values)
-    return result
-
-
-def select_macs(
-    channels: Channels, scores: Sequence[Tensor], target: float, dense: Mapping[str, float], **options: Any
-) -> list[Tensor]:
-    """The smallest selection whose removal leaves at most the share 1 - `target` of the multiply-adds.
-
-    Found by bisection over the ratio of channels; the largest possible one when the target cannot be met.
-    """
-    goal = (1 - target) * sum(dense.values())
-    total = sum(len(s) for s in scores)
-    low, high = 0, total
-    while low < high:
-        middle = (low + high) // 2
-        drop = select(scores, middle / max(total, 1) + 1e-9, **options)
-        if channels.macs(drop, dense) <= goal:
-            high = middle
-        else:
-            low = middle + 1
-    return select(scores, min(1.0, low / max(total, 1) + 1e-9), **options)
 
 
 def example_inputs(run: Run, forward: Callable[[], Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -349,45 +300,6 @@ def _output(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
     while not isinstance(out, Tensor):
         out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
     return out
-
-
-def _sizes(module: nn.Module) -> dict[str, Any]:
-    """The whole numbers, and tuples of them, a module keeps as plain attributes."""
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    return {
-        key: value for key, value in vars(module).items()
-        if not key.startswith("_") and (whole(value) or (isinstance(value, tuple) and value and all(map(whole, value))))
-    }  # fmt: skip
-
-
-def _codes(shape: torch.Size, device: torch.device) -> Tensor:
-    """A double tensor that says of each entry where in the first two dimensions it was."""
-    rows = torch.arange(shape[0], dtype=torch.float64, device=device)
-    if len(shape) == 1:
-        return rows
-    columns = torch.arange(shape[1], dtype=torch.float64, device=device)
-    tail = [1] * (len(shape) - 2)
-    return (rows[:, None] * shape[1] + columns).view(shape[0], shape[1], *tail).expand(shape).contiguous()
-
-
-def _decode(codes: Tensor, old: torch.Size) -> dict[int, Tensor]:
-    """Which rows and columns of the old shape are left."""
-    if codes.shape[2:] != old[2:]:
-        raise UserError(f"a tensor of shape {tuple(old)} would lose more than channels")
-    keep = {}
-    wide = old[1] if len(old) > 1 else 1
-    table = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes[:, None]
-    places = {0: (table[:, 0] // wide).long()}
-    if len(old) > 1:
-        step = table.shape[1] // codes.shape[1]
-        places[1] = (table[0, ::step] % wide).long()
-    for dim, rows in places.items():
-        if len(rows) != old[dim]:
-            keep[dim] = torch.zeros(old[dim], dtype=torch.bool).index_fill_(0, rows.cpu(), True)
-    return keep
 
 
 def _quiet() -> Any:
