@@ -168,7 +168,9 @@ def ddp(plan: Any, *, spawn: bool) -> Any:
     """
     from lightning_fabric.strategies import DDPStrategy
 
-    more = {"find_unused_parameters": True} if any(method.unused_params for method in plan.methods) else {}
+    more: dict[str, Any] = {}
+    if any(method.unused_params for method in plan.methods):
+        more["find_unused_parameters"] = True
     return DDPStrategy(start_method="spawn" if spawn else "popen", **more)
 
 

@@ -1,4 +1,4 @@
-"""The conformance suite on image-to-image models: tiny settings, pairs that belong to their image, several processes."""
+"""The conformance suite on image-to-image models: tiny settings, pairs that belong to their image, processes."""
 
 from __future__ import annotations
 

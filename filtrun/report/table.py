@@ -169,7 +169,7 @@ class _Result:
 
     def saved_rows(self, cost: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         """What pruning saves: rows only where the finished model needs less than its base."""
-        rows = []
+        rows: list[tuple[str, str, str]] = []
         for key, base, title, form, meaning in (
             ("params", "total_params", "parameters left", units.count, "in the finished model"),
             ("nonzero_params", "params", "not zero", units.count, "parameters that are not zero"),

@@ -45,7 +45,7 @@ def test_tables(capsys, monkeypatch):
 
 
 def test_wide_tables_say_what_a_method_does(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "220")
     list_.main(["methods"])
     assert "Train the classification head on frozen features." in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def conv_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight of every Conv2d of `model`, in definition order."""
     return {
-        f"{name}.weight".lstrip("."): module.weight
+        f"{name}.weight".lstrip("."): cast(nn.Parameter, module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
     }

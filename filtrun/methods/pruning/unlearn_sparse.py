@@ -35,7 +35,7 @@ from filtrun.callbacks import Ema
 from filtrun.context import seed_generators
 from filtrun.data.split import permutation
 from filtrun.errors import Unfit, UserError
-from filtrun.methods.pruning import mia, tickets, unlearners
+from filtrun.methods.pruning import tickets, unlearners
 from filtrun.methods.pruning.base import Pruning
 from filtrun.methods.pruning.unlearn_metrics import gaps, measures
 from filtrun.methods.pruning.unlearn_steps import add_influence, add_noise
@@ -81,7 +81,8 @@ class UnlearnSparse(Pruning):
     rewind: float = opt(0.044, "share of the base's training after which weights and learning rate are rewound to",
                         low=0, high=1, source="README: epoch 8 of 182")  # fmt: skip
     reference: bool = opt(False, "also retrain without the forgotten (a cached stage), and report the gaps to that")
-    attack: str = opt("confidence", "what the membership attack sees", choices=mia.FEATURES, source="SVC_MIA.py")
+    attack: str = opt("confidence", "what the membership attack sees", source="SVC_MIA.py",
+                      choices=("confidence", "correctness", "entropy", "m_entropy", "prob"))  # fmt: skip
     official_m_entropy: bool = opt(False, "the attack's m_entropy as in the official code", source="SVC_MIA.py")
 
     paper: ClassVar[str] = "Model Sparsity Can Simplify Machine Unlearning (NeurIPS 2023, arXiv 2304.04934)"
