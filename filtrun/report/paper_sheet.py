@@ -118,10 +118,9 @@ def _add_published(
 ) -> None:
     for metric, better in block.better.items():
         values = [block.rows.get(name, {}).get(metric) for name in names]
-        digits = max((len(f"{v:.6g}".partition(".")[2]) for v in values if v is not None), default=0)
         columns.append(Column(metric, better, group))
-        for row, value, mark in zip(rows, values, marks(values, better), strict=True):
-            row.append(Box("-" if value is None else f"{value:.{digits}f}", mark))
+        for row, text, mark in zip(rows, units.aligned(values), marks(values, better), strict=True):
+            row.append(Box(text, mark))
 
 
 def _published_sheet(block: Published, title: str, names: Sequence[str], only_rows: bool) -> Sheet:
