@@ -57,7 +57,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["method.sara.threshold=abc"], ["method.sara.threshold='abc' must be a number or null"]),
     (["method.sara.threshold=1", "method.sara.fraction=0.1"], ["takes one of threshold=1.0 and fraction=0.1"]),
     (["method.sara=3"], ["method.sara=3 is no method"]),
-    (["method=null"], ["method=null must be a name", "allowed: bitfit, full"]),
+    (["method=null"], ["method=null must be a name", "allowed: adapter, adaptive_guidance"]),
     (["model=3"], ["model=3 must be a name", "unet"]),
     (["model.size=huge"], ["unknown model.size 'huge'", "allowed: base, large, nano, small, tiny"]),
     (["model.normalize=x"], ["unknown model.normalize 'x'", "allowed: data, half, imagenet, none"]),
@@ -153,7 +153,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "cat/3.png is not an image that can be read",
     ),
     "no image": (lambda d: (d / "cat" / "3.png").write_text("hello"), "cat/3.png is not an image that can be read"),
-    "empty file": (lambda d: (d / "cat" / "3.png").write_bytes(b""), "cat/3.png is not an image that can be read"),
+    "empty file": (lambda d: (d / "cat" / "3.png").write_bytes(b""), "cat/3.png is empty (0 bytes)"),
     "empty class": (lambda d: (d / "dog").mkdir(), "the class folder {root}/dog has no images"),
     "nothing": (lambda d: [shutil.rmtree(p) for p in d.iterdir()], "{root} has no images and no class folders"),
 }

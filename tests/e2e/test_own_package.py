@@ -35,7 +35,7 @@ def test_it_runs_when_trusted(tmp_path: Path, smoke: Any, record: Any) -> None:
 def test_without_trust_nothing_of_it_is_imported(tmp_path: Path, smoke: Any) -> None:
     done = smoke(*OWN, f"hydra.run.dir={tmp_path / 'run'}")
     assert done.code == 2 and done.err.splitlines() == [
-        "filtrun: _target_=mypkg.parts.Stripes is code of the package 'mypkg', which is not trusted",
+        "filtrun: _target_=mypkg.parts.NoisyHead is code of the package 'mypkg', which is not trusted",
         "         add trust=[mypkg] if you know what it does",
     ]
     assert not any(name.split(".")[0] == "mypkg" for name in sys.modules)
