@@ -82,14 +82,14 @@ class BNOnly(Method):
 
     control: str = opt("bn", "what trains: bn; or for comparison random2 (two random weights per channel of every "
                        "convolution), output (the head alone), all", choices=("bn", "random2", "output", "all"),
-                       source="paper, section 3")  # fmt: skip
-    head: bool = opt(False, "also train the classification head", source="paper: frozen; section 4 trains it too")
+                       source="paper")  # fmt: skip
+    head: bool = opt(False, "also train the classification head", source="paper: frozen; trained too in a comparison")
     also: list[str] = opt([], "further tensors that train: names, ends of names or regular expressions",
                           source="official code: others_frozen_exceptions, for shortcut convolutions")  # fmt: skip
     init: str = opt("auto", "start of gamma and beta; auto: uniform for a base from scratch, else as they are",
                     choices=INITS, source="official code: uniform")  # fmt: skip
     cut: float = opt(0.01, "a channel whose |gamma| is below this counts as switched off", low=0,
-                     source="paper, section 5")  # fmt: skip
+                     source="ours; the paper's value could not be checked")  # fmt: skip
 
     trains: ClassVar = "part"
     identity_at_start: ClassVar = False
@@ -205,7 +205,7 @@ class BNOnly(Method):
 
     @torch.no_grad()
     def _accuracy_without(self, run: Run) -> float | None:
-        """Accuracy with every gamma below the cut set to zero (section 5); None where it is not evaluated."""
+        """Accuracy with every gamma below the cut set to zero; None where it is not evaluated."""
         if run.task.kind != "classify" or not run.trainer.evaluate:
             return None
         version = sum(g._version for g in self.gammas)

@@ -1,7 +1,7 @@
 """SNELL: Expanding Sparse Tuning for Low Memory Usage (NeurIPS 2024, arXiv 2411.01800; official code ssfgunner/SNELL).
 
 Beside each frozen linear layer acts a sparse update S of high rank, made of two thin matrices: a distance kernel
-between their rows (section 3.2), of which only the largest magnitudes survive (section 3.3). Neither S nor the indices
+between their rows, of which only the largest magnitudes survive. Neither S nor the indices
 of its entries are stored: it is made anew in the forward and again in the backward pass. In the end S is added to the
 weight.
 
@@ -138,7 +138,7 @@ class SNELL(Method):
     sparsity: float = opt(0.9, "share of each update that is zero; 0: the dense kernel", low=0, high=0.9999,
                           source="scripts: 0 to 0.995 by data set, 0.9 for CIFAR-100")  # fmt: skip
     kernel: str = opt("distance", "how the thin matrices make a matrix; linear: of rank r", choices=KERNELS,
-                      source="paper, section 3.2")  # fmt: skip
+                      source="paper")  # fmt: skip
     sparsify: str = opt("code", "what survivors are: code K |K|, soft sign(K) (|K| - threshold), hard K",
                         choices=RULES, source="official code; paper: soft")  # fmt: skip
     scale: float = opt(0.1, "factor of the kernel", source="official code")
@@ -146,7 +146,7 @@ class SNELL(Method):
     drop_path: float = opt(0.1, "share of samples without the update, in training", low=0, high=0.99,
                            source="official code")  # fmt: skip
     recompute: bool = opt(True, "make updates anew in the backward pass instead of keeping them: less memory",
-                          source="paper, section 3.2")  # fmt: skip
+                          source="paper")  # fmt: skip
     targets: Any = opt("auto", "layers to adapt: auto (linear ones; convolutions where there are none but the head), "
                        "all, linear, conv, attention, a name, the end of one, a regular expression, or a list of these",
                        source="paper: all linear layers of the blocks")  # fmt: skip

@@ -1,8 +1,8 @@
 """SSF: Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning (NeurIPS 2022, arXiv 2210.08823;
 official code dongzelian/SSF).
 
-Behind every operation of the frozen network, y = gamma * x + beta per channel (section 3.1); only gamma, beta and the
-head train. In the end both are folded into the layer before them (section 3.2, eq. 5), and nothing is left. There is no
+Behind every operation of the frozen network, y = gamma * x + beta per channel; only gamma, beta and the head train. In
+the end both are folded into the layer before them (the paper's re-parameterisation), and nothing is left. There is no
 official code for folding; it is checked here against the unfolded network.
 
 Where the official code picks the channel dimension by comparing sizes, the last one first, here the layer says it: a
@@ -58,7 +58,7 @@ KNOWN_NORMS = (
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, dim: int = -1) -> Tensor:
-    """scale * x + shift along dimension `dim` of `x`; `scale` and `shift` have shape (x.shape[dim],) (eq. 4)."""
+    """scale * x + shift along dimension `dim` of `x`; `scale` and `shift` have shape (x.shape[dim],)."""
     shape = [1] * x.ndim
     shape[dim] = -1
     return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
@@ -148,7 +148,7 @@ class SSF(Method):
                        "regular expression, or a list of these", source="official code: all")  # fmt: skip
     init: str = opt("normal", "start of scale and shift", choices=("normal", "identity"), source="official code")
     init_std: float = opt(0.02, "standard deviation at the start, around 1 and 0", low=0, source="official code")
-    head: bool = opt(True, "train the classification head itself instead of adapting it", source="paper, section 4.1")
+    head: bool = opt(True, "train the classification head itself instead of adapting it", source="official code")
 
     trains: ClassVar = "part"
     identity_at_start: ClassVar = False
