@@ -191,7 +191,7 @@ def test_verify_and_report(tmp_path: Path) -> None:
         flora.verify(run)
 
 
-def test_it_composes_with_lora_on_other_layers_and_with_prompts(tmp_path: Path) -> None:
+def test_it_composes_with_lora_and_prompts(tmp_path: Path) -> None:
     words = [
         "model=vit",
         "model.size=nano",

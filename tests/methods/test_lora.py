@@ -327,3 +327,10 @@ def test_lora_and_bitfit_compose(tmp_path: Path) -> None:
         assert changed == {n for n in run.weights if n.endswith("bias") or n.startswith("head.")}
         lora = next(m for m in run.methods if isinstance(m, LoRA))
         assert all(delta.any() for _, delta in lora.deltas())
+
+
+def test_layers_of_other_methods_are_not_adapted(tmp_path: Path) -> None:
+    setting = BenchRun("[binary_adapter,lora]", VIT, tmp_path)
+    lora: Any = setting.fresh().methods[1]
+    base = {name.rpartition(".")[0] for name, _ in setting.base.named_parameters()}
+    assert {name.removesuffix(".weight") for name, _ in lora.deltas()} <= base

@@ -78,13 +78,17 @@ class Adapter(Method):
         Raises UserError when the model has no place for them, or `norm` is asked for beside a convolution.
         """
         model.requires_grad_(False)
-        self._insert(model)
+        self._find(model)
+        self._insert()
         return self
 
-    def _insert(self, model: nn.Module) -> None:
-        blocks, convs = find_places(model, self.place, "adapter")
-        if convs and self.norm != "none":
+    def _find(self, model: nn.Module) -> None:
+        self._places = find_places(model, self.place, "adapter")
+        if self._places[1] and self.norm != "none":
             raise UserError(f"method.adapter.norm={self.norm} is for adapters beside an MLP; use norm=none here")
+
+    def _insert(self) -> None:
+        blocks, convs = self._places
         self.branches = [beside_mlp(block, self._beside_mlp) for block in blocks.values()]
         self.branches += [stay_behind(conv, self._branch(*conv_pair(conv, self.dim))) for conv in convs.values()]
 
@@ -98,8 +102,11 @@ class Adapter(Method):
         )
 
     # -- hooks -----------------------------------------------------------------------------------------------------
+    def prepare(self, run: Run) -> None:
+        self._find(run.model)  # before other methods put convolutions of their own into it
+
     def edit_model(self, run: Run) -> None:
-        self._insert(run.model)
+        self._insert()
         if self.head:
             train_head(run)
 

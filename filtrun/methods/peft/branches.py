@@ -94,7 +94,8 @@ def beside_mlp(block: nn.Module, make: Callable[[int], B], name: str = "adapter"
     block.add_module(free_name(block, name), branch)
     for part in (block.norm2, block.mlp):
         part.register_forward_pre_hook(partial(_remember, branch))  # type: ignore[union-attr, operator]
-    block.register_forward_hook(partial(_add_to_block, branch))
+    # ahead of what changes the row of tokens behind a block (prompts that leave): the sum needs the same tokens
+    block.register_forward_hook(partial(_add_to_block, branch), prepend=True)
     return branch
 
 

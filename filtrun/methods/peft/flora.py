@@ -80,8 +80,11 @@ def ranks_for(shape: Sequence[int], rank: int, rank_out: int | None, kernel_rank
 class TuckerUpdate(nn.Module):
     """Core and factors of one weight (out, in, kernel...); a branch beside its layer, or a change of what it sees."""
 
-    def __init__(self, weight: Tensor, ranks: Sequence[int], scale: float, dropout: float) -> None:
+    def __init__(
+        self, weight: Tensor, ranks: Sequence[int], scale: float, dropout: float, layer: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.beside = (layer,)  # in a tuple: the layer is no part of this module
         dims = [weight.shape[1], weight.shape[0], *weight.shape[2:]]
         self.scale, self.dropout = scale, dropout
         self.core = nn.Parameter(weight.new_zeros(tuple(ranks)))
@@ -105,8 +108,12 @@ class TuckerUpdate(nn.Module):
             keep = F.dropout(torch.ones_like(self.factors[0][:, 0]), self.dropout)
         return weight + self.delta(keep)
 
-    def behind(self, layer: Any, inputs: Any, output: Tensor) -> Tensor:
-        """What the layer gives plus the product applied to its input, with the layer's stride, padding and groups."""
+    def behind(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """What the layer gives plus the product applied to its input, with the layer's stride, padding and groups.
+
+        `module` is the layer, or what another method has wrapped it in.
+        """
+        layer: Any = self.beside[0]
         x = F.dropout(inputs[0], self.dropout, self.training)
         if isinstance(layer, nn.Linear):
             return output + F.linear(x, self.delta())
@@ -168,7 +175,7 @@ class FLoRA(Method):
             weight = base_tensor(layer, "weight")
             assert weight is not None
             ranks = ranks_for(weight.shape, self.rank, self.rank_out, self.kernel_rank)
-            part = TuckerUpdate(weight, ranks, self.scale, self.dropout).train(layer.training)
+            part = TuckerUpdate(weight, ranks, self.scale, self.dropout, layer).train(layer.training)
             if behaves(layer, BESIDE):
                 self.places.append(_Place(name, layer, part, hook=put_behind(layer, "flora", part)))
             else:

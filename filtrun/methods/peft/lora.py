@@ -32,7 +32,7 @@ from filtrun.errors import UserError
 from filtrun.method import Method, train_head
 from filtrun.options import check_options, opt
 from filtrun.sparse_entries import keep_order, owners_of
-from filtrun.surgery import CONVS, check_targets, pick, weight_names
+from filtrun.surgery import CONVS, base_tensor, check_targets, pick, weight_names
 
 if TYPE_CHECKING:
     from filtrun.context import Run
@@ -246,7 +246,12 @@ class LoRA(Method):
                     held = run.weights.get(f"{name}.{full}".lstrip("."))
                 if held is not None and not any(held is p for p in head):
                     run.claim(self, [held], "merge")
-        self._insert(run.model, self.layers(run.model, head))
+        base = {id(p) for p in run.weights.values()}
+        found = self.layers(run.model, head)
+        first = {name: base_tensor(m, weight_names(m)[0]) for name, m in found.items()}
+        # layers that another method has put in are not the base's
+        own = {name: m for name, m in found.items() if (w := first[name]) is None or id(w) in base}
+        self._insert(run.model, own)
         if self.head:
             train_head(run)
 

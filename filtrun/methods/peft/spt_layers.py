@@ -129,7 +129,8 @@ class Structured(nn.Module):
         self.kind, self.start, self.stop, self.dropout, self.path = kind, start, stop, dropout, path
         self.parallel = parallel or kind == "lora"
         outputs, bias = stop - start, kind == "adapter"
-        if isinstance(layer, nn.Linear):
+        self.linear = isinstance(layer, nn.Linear)
+        if self.linear:
             inputs = layer.in_features if self.parallel else outputs
             self.down: nn.Module = nn.Linear(inputs, rank, bias=bias)
             self.up: nn.Module = nn.Linear(rank, outputs, bias=bias)
@@ -154,7 +155,7 @@ class Structured(nn.Module):
 
     def behind(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The layer's output with the branch added."""
-        if not isinstance(layer, nn.Linear):
+        if not self.linear:
             return output + self(inputs[0] if self.parallel else output)
         read = (lambda part: inputs[0]) if self.parallel else (lambda part: part)
         return on_rows(output, self.start, self.stop, lambda part: part + self(read(part)))
