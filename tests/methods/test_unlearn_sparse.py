@@ -174,6 +174,19 @@ def test_no_penalty_is_fine_tuning_and_no_step_is_identity(tmp_path):
     assert all(torch.equal(p, run.weights[name]) for name, p in bench.base.named_parameters())
 
 
+def test_a_step_under_the_penalty_also_goes_against_the_signs(tmp_path):
+    after = {}
+    for words in (["unlearner=ft"], ["unlearner=l1_sparse", "alpha=0.02"]):
+        _, run = started(tmp_path, *(f"{ME}.{w}" for w in words), optimizer="sgd", momentum=0.0, lr=0.1, clip=0.0)
+        runner.setup(run)
+        start = weights(run)
+        runner.train_step(run, next(iter(run.batches(0, skip=0))))
+        after[words[0]] = weights(run)
+    for name, plain in after["unlearner=ft"].items():
+        expected = plain - 0.1 * 0.02 * start[name].sign()
+        assert torch.allclose(after["unlearner=l1_sparse"][name], expected, atol=1e-6), name
+
+
 def test_ascent_raises_the_loss_on_what_is_forgotten(tmp_path):
     _, run = started(tmp_path, f"{ME}.unlearner=ga", optimizer="sgd", momentum=0.0, lr=0.01, clip=0.0)
     runner.setup(run)
