@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filtrun.report.index import read_records
 from filtrun.report.judge import NOT_RUN, REAL_SCALES, Verdict, count_verdicts, judge, judge_card, measured_scale
 
 if TYPE_CHECKING:
@@ -20,16 +20,7 @@ NEUTRAL = ("name", "device", "workers", "stages", "logger", "resume", "force", "
 
 def finished_records(root: Path | str = "outputs") -> list[dict[str, Any]]:
     """The finished records below ``root/runs`` and ``root/sweeps``; what cannot be read is left out."""
-    found = []
-    for folder in ("runs", "sweeps"):
-        for path in sorted(Path(root, folder).glob("**/record.json")):
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            if isinstance(record, dict) and record.get("status") == "finished":
-                found.append(record | {"folder": str(path.parent)})
-    return found
+    return [record for folder in ("runs", "sweeps") for record in read_records(Path(root, folder), finished=True)]
 
 
 def measured(record: Mapping[str, Any] | None, metric: str) -> float | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from filtrun.cells import cell_digest
 from filtrun.errors import UserError, closest
 from filtrun.report.evidence import measured
+from filtrun.report.index import read_records
 
 if TYPE_CHECKING:
     from filtrun.report.card import Card, Table
@@ -128,12 +129,7 @@ def choose_rows(card: Card, names: Sequence[str]) -> None:
 
 def _singles(folder: Path) -> dict[str, dict[str, Any]]:
     """The finished runs in a folder by what they computed; of several the latest by name."""
-    found = {}
-    for path in sorted(folder.glob("*/record.json")):
-        record = _read(path.parent)
-        if record and record.get("status") == DONE:
-            found[cell_digest(record.get("config") or {})] = record
-    return found
+    return {record["cell"]: record for record in read_records(folder, finished=True)}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
