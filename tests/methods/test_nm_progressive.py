@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from filtrun.errors import Unfit, UserError
-from filtrun.methods.pruning.nm import NMWeight, decay_at, nm_mask, patterns, top_mask
+from filtrun.methods.pruning.nm import NMWeight, decay_at, frame_at, nm_mask, patterns, top_mask
 from filtrun.methods.pruning.nm_progressive import NMProgressive
 
 
@@ -34,6 +34,7 @@ def test_mask_equals_a_slow_reference(shape: tuple[int, ...], n: int, m: int, ax
 
 def test_unstructured_control_keeps_the_largest() -> None:
     weight = torch.tensor([[1.0, -5.0, 0.1, 3.0], [0.2, 0.3, -4.0, 2.0]])
+    assert top_mask(torch.randn(10, 11), 1 / 16).sum() == 6  # floor(6.9), as the official code counts
     assert top_mask(weight, 0.5).tolist() == [[False, True, False, True], [False, False, True, True]]
 
 
@@ -77,6 +78,13 @@ def test_decay_and_patterns() -> None:
 def small() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.Linear(16, 3))
+
+
+def test_frames_begin_where_the_official_table_puts_them() -> None:
+    # get_decay_config of the official code: keys int(i * span / frames); here 5 frames of 298 and 4 of 30
+    assert [next(t for t in range(298) if frame_at(t, 298, 5) == i) for i in range(5)] == [0, 59, 119, 178, 238]
+    assert [next(t for t in range(30) if frame_at(t, 30, 4) == i) for i in range(4)] == [0, 7, 15, 22]
+    assert frame_at(297, 298, 5) == 4
 
 
 def test_schedule_over_a_run() -> None:

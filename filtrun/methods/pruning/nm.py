@@ -48,7 +48,7 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: str = "row") -> Tensor:
 
 def top_mask(weight: Tensor, density: float) -> Tensor:
     """Keep mask (bool) of the largest magnitudes of a whole tensor: the unstructured control."""
-    kept = round(density * weight.numel())
+    kept = math.floor(density * weight.numel() + 1e-6)
     order = weight.detach().abs().flatten().argsort(stable=True)
     keep = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     return keep.index_fill_(0, order[weight.numel() - kept :], True).view(weight.shape)
@@ -122,3 +122,8 @@ def patterns(recipe: str, n: int, m: int) -> list[Pattern]:
     if recipe == "sdgf_densify":
         return [(n, k * m) for k in (8, 4, 2, 1)]
     return [(n, m)]
+
+
+def frame_at(t: int, span: int, frames: int) -> int:
+    """Which of `frames` patterns rules at update `t` of `span`: number i begins at floor(i span / frames)."""
+    return sum(i * span // frames <= t for i in range(frames)) - 1

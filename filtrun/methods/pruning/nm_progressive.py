@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from filtrun.cost import layer_macs, sparse_macs
 from filtrun.errors import Unfit, UserError
 from filtrun.methods.pruning.base import Pruning, total_steps
-from filtrun.methods.pruning.nm import DENSE, NMWeight, Pattern, decay_at, grouped_axis, patterns
+from filtrun.methods.pruning.nm import DENSE, NMWeight, Pattern, decay_at, frame_at, grouped_axis, patterns
 from filtrun.options import opt
 from filtrun.surgery import base_tensor, layers_of, pick, put_into, take_out
 
@@ -115,7 +115,7 @@ class NMProgressive(Pruning):
         if step >= first:
             pattern, decay = self.goal, 0.0
             if step < last:
-                frame = min(len(self.frames) - 1, (step - first) * len(self.frames) // max(1, last - first))
+                frame = frame_at(step - first, last - first, len(self.frames))
                 pattern, decay = self.frames[frame], decay_at(self.recipe, self.rate, self.t0 + step - first)
         self.fading = decay > 0
         for _, _, part, _ in self.parts:

@@ -29,13 +29,16 @@ def smallest(weight: Tensor, ratio: float) -> Tensor:
 
 
 def smallest_fast(weight: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """The same by a threshold that `SAMPLE` weights drawn at random give: approximate, and cheap for large layers."""
+    """The same by a threshold that `SAMPLE` weights drawn at random give: approximate, and cheap for large layers.
+
+    What is below the next magnitude of the sample, after its ceil(ratio n) smallest, is selected. Drawn with
+    replacement, as a permutation of all weights would cost as much as ranking them.
+    """
     flat = weight.detach().abs().flatten()
     if flat.numel() <= SAMPLE:
         return smallest(weight, ratio)
     rows = torch.randint(flat.numel(), (SAMPLE,), generator=generator, device="cpu" if generator else flat.device)
-    k = max(1, shrink_count(SAMPLE, ratio))
-    return (flat <= flat[rows.to(flat.device)].kthvalue(k).values).view_as(weight)
+    return (flat < flat[rows.to(flat.device)].kthvalue(shrink_count(SAMPLE, ratio) + 1).values).view_as(weight)
 
 
 def smallest_in_groups(weight: Tensor, drop: int, size: int) -> Tensor:
