@@ -292,6 +292,29 @@ def test_the_prediction_is_the_cost_of_the_targets(tmp_path) -> None:
     assert method.predicted["flops_executable"] == executable.double().mean().item()
 
 
+@pytest.mark.parametrize("r", [0.7, 0.9])
+def test_the_reduction_is_known_before_training(r: float) -> None:
+    """Within 2 % of what the gates leave once predictors (fine enough to tell images apart) have learnt their targets."""
+    torch.manual_seed(0)
+    model, x = CifarResNet(3, 10, 8, 8).eval(), images(16)
+    method = FTWT(r=r, softmax=False, embedding=256).attach(model, x[:1])
+    with torch.no_grad(), method.observing(), method.counting() as counter:
+        model(x)
+    before = counter.result()
+    teacher = torch.optim.Adam(method.predictors(), lr=0.02)
+    for _ in range(120):
+        teacher.zero_grad()
+        model(x)
+        method.mask_loss().backward()
+        teacher.step()
+    with torch.no_grad(), method.counting() as counter:
+        model(x)
+    after = counter.result()
+    assert after["mask_accuracy"] > 0.99 and 0.3 < before["reduction_official"] < 0.9
+    for rule in ("reduction_official", "reduction_executable"):
+        assert abs(after[rule] - before[rule]) < 0.02
+
+
 def test_bad_options() -> None:
     with pytest.raises(UserError, match="method.ftwt.r=1.5"):
         FTWT(r=1.5)
