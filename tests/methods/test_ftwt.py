@@ -294,7 +294,7 @@ def test_the_prediction_is_the_cost_of_the_targets(tmp_path) -> None:
 
 @pytest.mark.parametrize("r", [0.7, 0.9])
 def test_the_reduction_is_known_before_training(r: float) -> None:
-    """Within 2 % of what the gates leave once predictors (fine enough to tell images apart) have learnt their targets."""
+    """Within 2 % of what the gates leave once predictors, fine enough to tell images apart, have learnt."""
     torch.manual_seed(0)
     model, x = CifarResNet(3, 10, 8, 8).eval(), images(16)
     method = FTWT(r=r, softmax=False, embedding=256).attach(model, x[:1])

@@ -23,27 +23,24 @@ Alone, on any model, in two lines:
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from filtrun.bits import pack_bits
 from filtrun.callbacks import Ema
 from filtrun.context import seed_generators
 from filtrun.data.split import permutation
 from filtrun.errors import Unfit, UserError
 from filtrun.methods.pruning import tickets, unlearners
+from filtrun.methods.pruning import unlearn_networks as networks
 from filtrun.methods.pruning.base import Pruning
 from filtrun.methods.pruning.unlearn_metrics import gaps, measures
 from filtrun.methods.pruning.unlearn_steps import add_influence, add_noise
 from filtrun.options import opt
-from filtrun.stages import digest
-from filtrun.train_stage import train_stage
+from filtrun.plan import pretrainer
 from filtrun.trainer import Phase
 
 if TYPE_CHECKING:
@@ -152,16 +149,10 @@ class UnlearnSparse(Pruning):
 
     def phases(self, run: Run) -> list[Phase] | None:
         if self.unlearner == "retrain":
-            base, part = self._pretrainer(run), run.train_split
+            base, part = pretrainer(run.config), run.train_split
             steps = base.total_steps(len(part) if part is not None else 0)
             return [Phase("retrain", steps, base.lr, base.schedule, base.warmup)]
         return None if self.unlearner in TRAINED else [Phase(self.unlearner, 0)]
-
-    @staticmethod
-    def _pretrainer(run: Run) -> Any:
-        from filtrun.plan import pretrainer
-
-        return pretrainer(run.config)
 
     # -- hooks: in the loop ------------------------------------------------------------------------------------------
     def start_phase(self, run: Run) -> None:
@@ -172,7 +163,7 @@ class UnlearnSparse(Pruning):
                 self.masks.set(name, self.weights[name], mask)
         if self.unlearner == "retrain":
             seed_generators(run.seed, run.device)
-            run.model.load_state_dict(self._fresh(run).state_dict())
+            run.model.load_state_dict(networks.fresh(run).state_dict())
         self.masks.apply()
         self._since = time.perf_counter()
         if self.unlearner not in TRAINED:
@@ -214,51 +205,14 @@ class UnlearnSparse(Pruning):
             add_influence(run, self.forgotten, self.retained, self.wfisher_alpha, self.samples, exact, dead)
 
     # -- the pruned network and the retrained one: cached stages -------------------------------------------------------
-    def _fresh(self, run: Run) -> nn.Module:
-        from filtrun.plan import new_model
-
-        return new_model(run.config, run.task, run.data).to(run.device)
-
-    def _stage(
-        self, run: Run, name: str, seed: int, keep: Mapping[str, Tensor], rewind: int, part: Split | None = None
-    ) -> nn.Module:
-        """A network trained as the base was, inside the masks `keep`, on `part` of the images; on the device."""
-        from filtrun.base import model_options
-
-        method: Any = tickets.MaskedTraining(rewind=rewind).within(keep, part)
-        method.slug = f"{self.slug}_training"
-        parts = {
-            "model": model_options(run.config),
-            "masks": {n: hashlib.sha256(pack_bits(k).numpy().tobytes()).hexdigest()[:16] for n, k in keep.items()},
-            "images": None if part is None else digest(part.index.tolist()),
-        }
-        model, _ = train_stage(
-            run, name, lambda: self._fresh(run), parts=parts, task=run.task.pretraining(), seed=seed,
-            trainer=self._pretrainer(run), normalize=run.normalize, methods=[method],
-        )  # fmt: skip
-        return model
-
     def pruned(self, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The pruned network trained on all images: its state, and the masks by name of weight."""
-        seed = run.config["pretrain"].get("seed", 0)
-        base = self._pretrainer(run)
-        rewind = round(self.rewind * base.total_steps(len(run.data.split("train", "all"))))
-        if self.prune == "synflow":
-            seed_generators(seed, run.device)
-            shape = (run.data.channels, run.data.image_size, run.data.image_size)
-            keep = tickets.synflow_masks(self._fresh(run), shape, self.rate)
-            return self._stage(run, "unlearn-prune", seed, keep, 0).state_dict(), keep
-        model, found = run.model, None
-        for share in [self.rate] if self.prune == "omp" else tickets.imp_shares(self.rate, self.imp_step):
-            scores = {name: w.detach().abs() for name, w in tickets.conv_weights(model).items()}
-            found = tickets.prune_more(scores, share, found)
-            model = self._stage(run, "unlearn-prune", seed, found, rewind)
-        return model.state_dict(), found or {}
+        return networks.pruned(run, self.slug, self.prune, self.rate, self.imp_step, self.rewind)
 
     def retrained(self, run: Run) -> nn.Module:
         """The reference: retrained from random weights on the retained images, inside the run's masks."""
         keep = {mask.name: mask.keep for mask in self.masks}
-        return self._stage(run, "unlearn-retrain", run.seed, keep, 0, self.retained)
+        return networks.trained(run, self.slug, "unlearn-retrain", run.seed, keep, part=self.retained)
 
     # -- what it is worth --------------------------------------------------------------------------------------------
     def judge_model(self, run: Run, model: nn.Module) -> dict[str, float]:
