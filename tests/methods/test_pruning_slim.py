@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from filtrun.errors import Unfit, UserError
 from filtrun.methods.pruning.removal import Removal, from_hex, tensors_of, to_hex
-from filtrun.methods.pruning.slim import Channels, select, select_macs
+from filtrun.methods.pruning.selection import select, select_macs
+from filtrun.methods.pruning.slim import Channels
 from filtrun.models.espcn import ESPCN
 from filtrun.models.mobilenet import MobileNetV2
 from filtrun.models.resnet import cifar_resnet

@@ -18,7 +18,7 @@ from filtrun.methods.pruning.removal import Removal, tensors_of
 
 if TYPE_CHECKING:
     from filtrun.context import Run
-    from filtrun.methods.pruning.slim import Group
+    from filtrun.methods.pruning.channel_groups import Group
 
 
 @dataclass

@@ -16,8 +16,10 @@ from filtrun.context import mix_seed
 from filtrun.cost import layer_macs, sparse_macs
 from filtrun.errors import UserError
 from filtrun.methods.pruning.base import Pruning, mean_gradients, total_steps
+from filtrun.methods.pruning.forward_inputs import example_inputs
 from filtrun.methods.pruning.scores import keep_masks, prunable_weights
-from filtrun.methods.pruning.slim import Channels, example_inputs, select_counts, select_macs
+from filtrun.methods.pruning.selection import select_counts, select_macs
+from filtrun.methods.pruning.slim import Channels
 from filtrun.options import opt
 from filtrun.trainer import Phase
 

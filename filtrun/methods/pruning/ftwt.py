@@ -42,10 +42,10 @@ from filtrun.errors import Unfit, UserError, closest
 from filtrun.method import Method
 from filtrun.methods.pruning import gates
 from filtrun.methods.pruning.base import SCORING_EPOCH
+from filtrun.methods.pruning.forward_inputs import example_inputs
 from filtrun.methods.pruning.gate_count import GateCounter
 from filtrun.methods.pruning.gate_places import find_units
 from filtrun.methods.pruning.gates import Gate, MaskPredictor
-from filtrun.methods.pruning.slim import example_inputs
 from filtrun.options import check_options, opt
 
 if TYPE_CHECKING:

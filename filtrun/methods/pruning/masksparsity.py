@@ -29,9 +29,11 @@ from filtrun import runner
 from filtrun.errors import Unfit, UserError
 from filtrun.methods.pruning.base import Pruning, total_steps
 from filtrun.methods.pruning.bn_penalty import add_penalty
+from filtrun.methods.pruning.channel_groups import Group
+from filtrun.methods.pruning.forward_inputs import example_inputs
 from filtrun.methods.pruning.removal import from_hex, tensors_of, to_hex
 from filtrun.methods.pruning.scale_masks import energy_threshold, group_keep, mean_scales, voters
-from filtrun.methods.pruning.slim import Channels, Group, example_inputs
+from filtrun.methods.pruning.slim import Channels
 from filtrun.options import opt
 from filtrun.trainer import Phase
 

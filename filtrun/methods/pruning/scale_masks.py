@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from filtrun.methods.pruning.slim import Group, Part
+from filtrun.methods.pruning.channel_groups import Group, Part
 
 SMALLEST = 1e-18
 """Scales count as at least this in the energy threshold, as in the official code."""

@@ -15,79 +15,18 @@ Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023 (arXiv 2301.1
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from filtrun.cost import layer_macs
 from filtrun.errors import Unfit, UserError, closest
+from filtrun.methods.pruning.channel_groups import LAYERS, group_of, library, mixes_channels
+from filtrun.methods.pruning.forward_inputs import output_of
 from filtrun.methods.pruning.index_codes import codes, decode, sizes_of
 from filtrun.methods.pruning.removal import Removal, tensors_of
-from filtrun.methods.pruning.selection import select, select_counts, select_macs
-
-if TYPE_CHECKING:
-    from filtrun.context import Run
-
-__all__ = ["Channels", "Group", "Part", "example_inputs", "library", "select", "select_counts", "select_macs"]
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
-NORMS = (nn.modules.batchnorm._BatchNorm,)
-SEPARATE = (*LAYERS, *NORMS, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
-"""Modules with tensors that treat every channel by itself, or sum over channels: zero in means as good as absent."""
-
-
-def library() -> Any:
-    """The torch-pruning package. Raises UserError when the extra is not installed."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise UserError("removing channels needs torch-pruning: pip install 'filtrun[pruning]'") from error
-    return torch_pruning
-
-
-@dataclass
-class Part:
-    """One layer's share in a group: its channels `index` (M,) are the group's channels `root` (M,).
-
-    `inherits` marks a norm behind a depthwise convolution, whose channels are those of the layer before.
-    """
-
-    layer: str
-    module: nn.Module
-    side: str
-    index: Tensor
-    root: Tensor
-    inherits: bool = False
-
-
-@dataclass
-class Group:
-    """Channels that can only go together, in all layers that make, normalise or read them.
-
-    Attributes:
-        name: the layer whose outputs they are counted by.
-        size: how many there are.
-        parts: the layers; side ``out`` makes or normalises the channels, ``in`` reads them.
-    """
-
-    name: str
-    size: int
-    parts: list[Part]
-    raw: Any = None
-
-    @property
-    def norms(self) -> list[Part]:
-        """The batch norms with a scale among the parts."""
-        return [p for p in self.parts if isinstance(p.module, NORMS) and p.module.weight is not None]
-
-    def scales(self, part: Part) -> Tensor:
-        """|gamma| (size,) of a batch norm of the group, in the group's order of channels; 0 where it has none."""
-        gamma = torch.zeros(self.size)
-        gamma[part.root] = part.module.weight.detach().abs().float().cpu()[part.index]  # type: ignore[union-attr, operator]
-        return gamma
 
 
 class Channels:
@@ -121,7 +60,7 @@ class Channels:
             if name not in modules:
                 raise UserError(f"ignore={name} names no module of the model{closest(name, list(modules))}")
         kept = [m for name in ignore for m in modules[name].modules() if isinstance(m, LAYERS)]
-        kept += [m for a in modules.values() if _mixes_channels(a) for m in a.modules() if isinstance(m, LAYERS)]
+        kept += [m for a in modules.values() if mixes_channels(a) for m in a.modules() if isinstance(m, LAYERS)]
         try:
             with torch.enable_grad(), _quiet():
                 self.graph = tp.DependencyGraph().build_dependency(
@@ -130,33 +69,13 @@ class Channels:
                 raw = list(self.graph.get_all_groups(ignored_layers=kept, root_module_types=LAYERS))
         except Exception as error:
             raise Unfit(f"this model's layers cannot be traced for pruning: {str(error).splitlines()[0]}") from error
-        self.groups = [group for found in raw if (group := self._group(found)) is not None]
+        names = {module: name for name, module in self.copy.named_modules()}
+        self.groups = [group for found in raw if (group := group_of(found, self.graph, names)) is not None]
         if not self.groups:
             raise Unfit(
                 "this model has no channels that can be taken out: its layers meet layer norm, group norm, attention "
                 "or the output; granularity=weight works on any model"
             )
-
-    def _group(self, raw: Any) -> Group | None:
-        """A group of torch-pruning as ours; None when removing its channels would not equal zeroing them."""
-        parts = []
-        names = {module: name for name, module in self.copy.named_modules()}
-        split = any(type(item.dep.target.module).__name__ in ("_SplitOp", "_UnbindOp") for item in raw)
-        for item in raw:
-            module, dep = item.dep.target.module, item.dep
-            makes = self.graph.is_out_channel_pruning_fn(dep.handler)
-            if isinstance(module, nn.Parameter) or (makes and not dep.target.outputs):
-                return None  # a bare tensor over channels, or the model's output
-            if module not in names:
-                continue  # an operation without tensors
-            if not isinstance(module, SEPARATE) and any(True for _ in module.parameters(recurse=False)):
-                return None
-            index, root = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
-            if makes and not split and isinstance(module, LAYERS) and len(index) != self.graph.get_out_channels(module):
-                return None  # a shortcut joins different channel counts
-            behind = any(_depthwise(node.module) for node in dep.target.inputs)
-            parts.append(Part(names[module], module, "out" if makes else "in", index, root, behind))
-        return Group(parts[0].layer, len(raw[0].idxs), parts, raw)
 
     def importance(self, kind: str | Any) -> list[Tensor]:
         """Scores (size,) of every group, higher = keep.
@@ -188,7 +107,7 @@ class Channels:
         """Layer name -> multiply-adds of one forward pass of the example inputs."""
         training = self.model.training
         with torch.no_grad():
-            found = layer_macs(self.model.eval(), lambda: _output(self.model, self.args, self.kwargs))
+            found = layer_macs(self.model.eval(), lambda: output_of(self.model, self.args, self.kwargs))
         self.model.train(training)
         return found
 
@@ -219,7 +138,7 @@ class Channels:
         """
         before = {name: sizes_of(module) for name, module in self.copy.named_modules()}
         with torch.no_grad():
-            shape = _output(self.copy, self.args, self.kwargs).shape
+            shape = output_of(self.copy, self.args, self.kwargs).shape
         old = {name: tensor.shape for name, tensor in tensors_of(self.copy).items()}
         for tensor in tensors_of(self.copy).values():
             tensor.grad = None
@@ -247,7 +166,7 @@ class Channels:
         masked = copy.deepcopy(self.model).eval()
         removal.mask(masked)
         try:
-            output = _output(trial, self.args, self.kwargs)
+            output = output_of(trial, self.args, self.kwargs)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"the model does not run without the chosen channels ({str(error).splitlines()[0]}); name layers to "
@@ -255,51 +174,7 @@ class Channels:
             ) from error
         if output.shape != shape:
             raise UserError(f"removing channels changes the output from {tuple(shape)} to {tuple(output.shape)}")
-        removal.gap = (output - _output(masked, self.args, self.kwargs)).abs().max().item()
-
-
-def example_inputs(run: Run, forward: Callable[[], Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs (args, kwargs) the run's model is called with, the first sample of the task's probe batch."""
-    caught: list[Any] = []
-
-    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not caught:
-            caught.append((args, kwargs))
-
-    hook = run.model.register_forward_pre_hook(catch, with_kwargs=True)
-    net, training = run.net, run.model.training
-    run.net = run.model
-    try:
-        with torch.no_grad():
-            run.model.eval()
-            (forward or (lambda: run.task.probe(run)))()
-    finally:
-        hook.remove()
-        run.net = net
-        run.model.train(training)
-    args, kwargs = caught[0]
-    size = max((len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim), default=1)
-
-    def first(value: Any) -> Any:
-        return value[:1].detach().clone() if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-    return tuple(first(a) for a in args), {key: first(value) for key, value in kwargs.items()}
-
-
-# -- parts of the above ----------------------------------------------------------------------------------------------
-def _depthwise(module: Any) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
-
-
-def _mixes_channels(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) or "attention" in type(module).__name__.lower()
-
-
-def _output(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    out = model(*args, **kwargs)
-    while not isinstance(out, Tensor):
-        out = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
-    return out
+        removal.gap = (output - output_of(masked, self.args, self.kwargs)).abs().max().item()
 
 
 def _quiet() -> Any:
