@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filtrun.citation import Paper, cited, parse_paper
 from filtrun.config_file import comments, parse_yaml, read_text
 from filtrun.errors import UserError, unknown
+from filtrun.listed import IMPLEMENTED, PLANNED, Listed, read_listed
 from filtrun.source import Source, describe, quick_fact
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ GROUPS = {
 """Kind of entry -> folder of ``conf``."""
 
 TRAINER = "filtrun.trainer.Trainer"
+CATALOGUE = "catalogue.jsonl"
 
 
 def conf_dir() -> Path:
@@ -46,7 +48,8 @@ class Entry:
 
     `nodes` are its options by their place in the configuration (``method.sara``, ``data``), `picks` the choices it
     makes for other groups, `sets` the options it sets outside its own, `notes` the comments at
-    the end of option lines, `header` the comment at the top.
+    the end of option lines, `header` the comment at the top. `listed` is what the catalogue says of a paper; one that
+    is planned has nothing else.
     """
 
     kind: str
@@ -59,6 +62,12 @@ class Entry:
     notes: dict[str, str] = field(default_factory=dict)
     content: Any = None
     problem: str = ""
+    listed: Listed | None = None
+
+    @property
+    def status(self) -> str:
+        """``implemented``, or ``planned`` for a paper that only the catalogue knows."""
+        return PLANNED if self.listed and self.content is None and not self.problem else IMPLEMENTED
 
     @property
     def group(self) -> str:
@@ -89,6 +98,8 @@ class Entry:
             return self.problem
         if self.card:
             return self.card.abstract.partition(". ")[0].rstrip(".") + "."
+        if self.listed:
+            return self.listed.about
         first, _, rest = self.header.partition("\n")
         if rest and not first.endswith((".", "!", "?", ":")):
             ends = [m.start() for m in re.finditer(r"(?<!al)\. |; ", first)]
@@ -100,6 +111,8 @@ class Entry:
         """The publication behind it: from its card, its class, or the citation in its comment."""
         if self.card:
             return Paper(self.card.title, self.card.link, self.card.year)
+        if self.listed:
+            return Paper(self.listed.title, self.listed.link, self.listed.year)
         said = quick_fact(self.target, "paper") if self.kind == "methods" and self.target else None
         if isinstance(said, str) and said:
             return parse_paper(said)
@@ -108,7 +121,7 @@ class Entry:
     @functools.cached_property
     def card(self) -> Card | None:
         """The paper card, of a paper."""
-        if self.kind != "papers" or self.problem:
+        if self.kind != "papers" or self.problem or self.status == PLANNED:
             return None
         from filtrun.report.card import make_card
 
@@ -131,6 +144,8 @@ class Entry:
         """The package its class lies in (``peft`` for filtrun.methods.peft.sara.SaRA), or what a paper's card says."""
         if self.card:
             return self.card.family
+        if self.listed:
+            return self.listed.family
         parts = self.target.split(".")
         if parts[0] != "filtrun":
             return parts[0]
@@ -140,16 +155,22 @@ class Entry:
 def entries(kind: str, config_dirs: Sequence[str | Path] = ()) -> list[Entry]:
     """All entries of a kind by name: filtrun's own, then those only the folders `config_dirs` have (as Hydra looks).
 
-    A file that cannot be read is an entry with a `problem`. Raises UserError for an unknown kind or a missing folder.
+    A file that cannot be read is an entry with a `problem`; papers without a file are those that are planned. Raises
+    UserError for an unknown kind or a missing folder.
     """
     if kind not in GROUPS:
         raise unknown("kind", kind, GROUPS)
     found: dict[str, Entry] = {}
-    for folder in _folders(config_dirs):
+    folders = list(_folders(config_dirs))
+    for folder in folders:
         for name, path in _files(folder / GROUPS[kind]):
             name = "trainer" if kind == "trainer" and name == "default" else name
             if name not in found:
                 found[name] = read_entry(kind, name, path)
+    for catalogue in [folder / CATALOGUE for folder in folders if kind == "papers"]:
+        for name, listed in read_listed(catalogue).items():
+            entry = found.setdefault(name, Entry(kind, name, catalogue))
+            entry.listed = entry.listed or listed
     return [found[name] for name in sorted(found)]
 
 

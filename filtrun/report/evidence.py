@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filtrun.listed import PLANNED
 from filtrun.report.index import read_records
 from filtrun.report.judge import NOT_RUN, REAL_SCALES, Verdict, count_verdicts, judge, judge_card, measured_scale
 
@@ -69,13 +70,15 @@ class Claims:
         return self._by_method.get(entry.name) if entry.kind == "methods" else None
 
     def status(self, entry: Entry) -> str:
-        """``implemented`` (no claim to test), ``holds 1/2 (laptop)``, ``not run`` or how much of it is run.
+        """``implemented`` (no claim to test), ``holds 1/2 (laptop)``, ``not run``, how much of it is run, ``planned``.
 
         Judged by the numbers in the card, else by the runs below the output folder. Smoke runs do not count: their
         numbers mean nothing.
         """
         if entry.problem:
             return "unreadable"
+        if entry.status == PLANNED:
+            return PLANNED
         card = self.card(entry)
         if card is None or not card.claims:
             return "implemented"

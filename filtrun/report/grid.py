@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from filtrun.cells import cell_digest
 from filtrun.errors import UserError, closest
+from filtrun.report.estimate import Estimate, estimate, like
 from filtrun.report.evidence import measured
 from filtrun.report.index import read_records
 
@@ -58,12 +59,18 @@ class Grid:
         found = {s.seed: measured(s.record, metric) for s in self.slots if s.row == row and s.record is not None}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def estimate(self, row: str) -> Estimate | None:
+        """What a cell of the row takes by earlier records: of its row, of other rows, of cells like it anywhere."""
+        found = estimate(row, {name: self.records(name) for name in self.rows})
+        slot = next((s for s in self.slots if s.row == row), None)
+        if found is not None or slot is None:
+            return found
+        return like(slot.job.config, slot.job.choices, slot.job.folder.parent)
+
     def seconds(self, row: str) -> float | None:
-        """What a cell of the row took, on average over its finished ones; None when there is none."""
-        took = [
-            float(r["cost"]["total_seconds"]) for r in self.records(row) if (r.get("cost") or {}).get("total_seconds")
-        ]
-        return sum(took) / len(took) if took else None
+        """What a cell of the row took or is likely to take; None when no earlier record tells."""
+        found = self.estimate(row)
+        return found.seconds if found else None
 
 
 def read_grid(

@@ -71,7 +71,7 @@ def judge_claim(claim: Claim, grid: Grid) -> Verdict:
 
 
 def missing_lines(grid: Grid) -> list[str]:
-    """The cells that are not run, row by row, with what they would cost by earlier runs of their row."""
+    """The cells that are not run, row by row, with what they would cost by earlier runs."""
     lines, total, unknown = [], 0.0, 0
     for row in grid.rows:
         slots = [s for s in grid.missing if s.row == row]
@@ -79,9 +79,11 @@ def missing_lines(grid: Grid) -> list[str]:
             lines.append(f"{row}: cannot be composed: {grid.problems[row]}")
         if not slots:
             continue
-        each = grid.seconds(row)
-        total, unknown = total + (each or 0) * len(slots), unknown + (each is None) * len(slots)
-        cost = "cost unknown" if each is None else f"about {units.duration(each)} each"
+        each = grid.estimate(row)
+        total, unknown = total + (each.seconds if each else 0) * len(slots), unknown + (each is None) * len(slots)
+        cost = "cost unknown"
+        if each is not None:
+            cost = f"about {units.duration(each.seconds)} each" + (f", {each.basis}" if each.basis else "")
         lines.append(f"{row}: seed {', '.join(str(s.seed) for s in slots)} ({cost})")
         for slot in slots:
             if slot.state not in (NOT_RUN, "running"):
@@ -130,6 +132,11 @@ def _published_sheet(block: Published, title: str, names: Sequence[str], only_ro
     return Sheet(title, columns, rows)
 
 
+def _basis(grid: Grid, row: str) -> str | None:
+    found = grid.estimate(row)
+    return None if found is None else found.basis or "by its row"
+
+
 def _data(grid: Grid, sheet: Sheet, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for row in grid.rows:
@@ -153,7 +160,8 @@ def _data(grid: Grid, sheet: Sheet, verdicts: Sequence[Verdict]) -> dict[str, An
         "claims": [verdict_data(v) for v in verdicts],
         "missing": [
             {"row": s.row, "seed": s.seed, "state": s.state, "error": s.error or None,
-             "overrides": list(s.job.overrides), "folder": str(s.job.folder), "seconds": grid.seconds(s.row)}
+             "overrides": list(s.job.overrides), "folder": str(s.job.folder),
+             "seconds": grid.seconds(s.row), "estimate": _basis(grid, s.row)}
             for s in grid.missing
         ],
         "problems": grid.problems, "caption": sheet.caption, "warnings": sheet.warnings,

@@ -59,6 +59,8 @@ def details(entry: Entry, claims: Claims) -> dict[str, Any]:
         "use": "" if entry.kind == "papers" else _use(entry),
         "summary": entry.summary,
         "status": claims.status(entry),
+        "family": entry.family,
+        "claim": entry.listed.claim if entry.listed else "",
         "file": str(entry.path),
         "notes": entry.header,
         "target": entry.target,

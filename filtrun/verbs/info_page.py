@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from filtrun.listed import PLANNED
 from filtrun.report.units import aligned, plain
 from filtrun.verbs import terminal
 from filtrun.verbs.info import measured_rows, readable
@@ -43,6 +44,8 @@ class _Page:
         kind = _KINDS.get(item["kind"], item["kind"].removesuffix("s"))
         self.line(f"{item['name']} ({kind})" if item["name"] != kind else kind, style="bold")
         self.line(item.get("notes") or item["summary"])
+        if item["status"] == PLANNED:
+            self.line(f"Planned, not implemented. It claims: {item['claim']}", before=True)
         self.line(item.get("doc", ""), before=True)
         self.line(item.get("background", ""), before=True)
         self.facts()
@@ -66,7 +69,8 @@ class _Page:
             title, year = paper["title"], paper["year"]
             title += f" ({year})" if year and str(year) not in title else ""
             rows |= {"paper": title, "link": paper["link"]}
-        rows |= {"status": item["status"], "works with": ", ".join(f"task={t}" for t in item.get("tasks", ()))}
+        rows |= {"family": item.get("family"), "status": item["status"]}
+        rows |= {"works with": ", ".join(f"task={t}" for t in item.get("tasks", ()))}
         if item["kind"] == "tasks":
             rows.pop("works with")
         chosen = [f"{group}={name}" for group, name in item.get("picks", {}).items()]

@@ -15,6 +15,7 @@ from filtrun.report.card import SCALES
 from filtrun.verbs import Parser, print_json, terminal
 
 if TYPE_CHECKING:
+    from filtrun.catalogue import Entry
     from filtrun.report.card import Card
     from filtrun.report.grid import Grid
     from filtrun.report.sheet import Sheet
@@ -122,8 +123,14 @@ def find_cards(options: argparse.Namespace) -> list[Card]:
         near = closest(options.paper, names)
         raise UserError(f"unknown paper {options.paper!r} (`filtrun list papers` has all){near}")
     if found.card is None:
-        raise UserError(found.problem)
+        raise UserError(found.problem or planned(found))
     return [found.card]
+
+
+def planned(entry: Entry) -> str:
+    """What there is to say of a paper that only the catalogue knows."""
+    claim = entry.listed.claim if entry.listed else ""
+    return f"{entry.name} is planned, not implemented: there is no card and no table of it yet. It claims: {claim}"
 
 
 def paths_of(cards: Sequence[Card], config_dirs: Sequence[str]) -> dict[str, Path]:

@@ -93,13 +93,14 @@ def test_missing_cells_and_their_cost(cards, records, run_sweeps, tmp_path):
     grid = cards.grid_of(sweeps)
     sheet = paper_sheet(grid)
     assert sheet.missing == [
-        "full: seed 2 (about 2.50 s each)", "none: seed 0, 1, 2 (cost unknown)",
-        "4 of 9 cells are not run (about 2.50 s, 3 of unknown cost); --run does",
+        "full: seed 2 (about 2.50 s each)", "none: seed 0, 1, 2 (about 2.75 s each, by full, head)",
+        "4 of 9 cells are not run (about 10.8 s); --run does",
     ]  # fmt: skip
     assert [c.verdict for c in sheet.claims] == ["not run", "not run"] and "2 of 3 seeds" in sheet.claims[0].evidence
     assert texts(sheet)["none"][0] == "-" and any("unlike numbers of seeds: 2 (full)" in w for w in sheet.warnings)
     entry = sheet.data["missing"][0]
     assert (entry["row"], entry["seed"], entry["seconds"]) == ("full", 2, 2.5) and "method=full" in entry["overrides"]
+    assert [m["estimate"] for m in sheet.data["missing"]] == ["by its row", *["by full, head"] * 3]
 
 
 def test_the_cards_numbers_are_never_ours(cards, tmp_path):

@@ -99,7 +99,7 @@ def test_the_gallery(here, capsys):
 def test_a_card_keeps_what_was_measured_and_info_and_list_show_it(here, capsys, monkeypatch):
     def status():
         list_.main(["papers", "--json", "--config-dir", "conf"])
-        return next(row["status"] for row in json.loads(capsys.readouterr().out) if row["name"] == "tiny")
+        return next(row["claims"] for row in json.loads(capsys.readouterr().out) if row["name"] == "tiny")
 
     path = here / "conf" / "paper" / "tiny.yaml"
     told(capsys, "--write-card")
