@@ -117,3 +117,23 @@ def test_groups_on_a_model_and_mistakes() -> None:
             ISSP(groups=bad)
     with pytest.raises(UserError, match=r"groups=2:3: no group size fits"):
         ISSP(groups="2:3").attach(nn.Sequential(nn.Linear(4, 8), nn.Linear(3, 3)))
+
+
+def test_a_super_resolution_network_pays_for_what_is_left(tmp_path) -> None:
+    from filtrun import runner
+    from filtrun.bench_run import BenchRun
+    from filtrun.cost import layer_macs
+
+    words = ["model=espcn", "task=superres", "data=photos", "data.patches=50", "task.crop=32", "task.eval_images=1"]
+    run = BenchRun("iss_p", words, tmp_path).fresh(steps=4)
+    runner.setup(run)
+    runner.fit(run)
+    method = run.methods[0]
+    method.verify(run)
+    with run.plainly():
+        dense = layer_macs(run.model, lambda: run.task.probe(run))
+    left = sum(macs * int((run.model.get_submodule(n).weight != 0).sum()) / run.model.get_submodule(n).weight.numel()
+               for n, macs in dense.items())  # fmt: skip
+    report = method.report(run)
+    assert report["macs"] == pytest.approx(left) and 0.09 < left / sum(dense.values()) < 0.1
+    assert report["sparsity"] == pytest.approx(0.9, abs=1e-3)

@@ -159,3 +159,26 @@ def test_layers_that_do_not_fit() -> None:
             NMProgressive(pattern=bad)
     with pytest.raises(UserError, match="must not sum"):
         NMProgressive(dense_share=0.7, finetune_share=0.5)
+
+
+def test_a_denoiser_keeps_one_convolution_weight_in_eight(tmp_path) -> None:
+    from filtrun import runner
+    from filtrun.bench_run import BenchRun
+    from filtrun.cost import layer_macs
+
+    me = "method.nm_progressive"
+    words = ["model=unet", "model.size=nano", f"{me}.location=[conv]", f"{me}.pattern='1:8'", f"{me}.rate=0.5"]
+    run = BenchRun("nm_progressive", words, tmp_path).fresh(steps=4)
+    method = run.methods[0]
+    masked, dense_layers = [name for name, *_ in method.parts], method.left_dense
+    runner.setup(run)
+    runner.fit(run)
+    with run.plainly():
+        macs = layer_macs(run.model, lambda: run.task.probe(run))
+    report = method.report(run)
+    expected = sum(n / 8 if f"{name}.weight" in masked else n for name, n in macs.items())  # N / M of a masked layer
+    assert len(masked) > 5 and dense_layers and report["macs"] == pytest.approx(expected)
+    method.finish(run)
+    for name in masked:
+        weight = run.model.get_parameter(name)
+        assert (weight.movedim(1, -1).reshape(-1, 8) != 0).sum(1).eq(1).all(), name
