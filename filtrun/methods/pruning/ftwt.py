@@ -45,6 +45,7 @@ from filtrun.methods.pruning.base import SCORING_EPOCH
 from filtrun.methods.pruning.forward_inputs import example_inputs
 from filtrun.methods.pruning.gate_count import GateCounter
 from filtrun.methods.pruning.gate_places import find_units
+from filtrun.methods.pruning.gate_sgd import load_momenta, loss_scale, momenta_of, step_apart
 from filtrun.methods.pruning.gates import Gate, MaskPredictor
 from filtrun.options import check_options, opt
 
@@ -214,15 +215,7 @@ class FTWT(Method):
 
     def after_backward(self, run: Run) -> None:
         assert self.sgd is not None
-        scale = _loss_scale(run)
-        parameters = self.predictors()
-        found = [p.grad for p in parameters if p.grad is not None]
-        if scale != 1.0:
-            torch._foreach_mul_(found, 1 / scale)
-        if scale == 1.0 or all(g.isfinite().all() for g in found):
-            self.sgd.step()
-        for parameter in parameters:  # nothing left for clipping and for the optimizer of the rest
-            parameter.grad = None
+        step_apart(self.sgd, loss_scale(run))
 
     def before_eval(self, run: Run) -> None:
         if self.counter is not None:
@@ -255,8 +248,7 @@ class FTWT(Method):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.sgd is not None
-        momenta = [self.sgd.state[p].get("momentum_buffer") for p in self.predictors()]
-        return {"predicted": self.predicted, "momenta": [m for m in momenta if m is not None]}
+        return {"predicted": self.predicted, "momenta": momenta_of(self.sgd)}
 
     def delta_state(self) -> dict[str, Any]:
         return {"predicted": self.predicted}
@@ -265,14 +257,7 @@ class FTWT(Method):
         self.predicted = dict(state.get("predicted", self.predicted))
         if momenta := state.get("momenta"):
             assert self.sgd is not None
-            for parameter, momentum in zip(self.predictors(), momenta, strict=True):
-                self.sgd.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone()
+            load_momenta(self.sgd, momenta)
 
 
 _PREDICTED = ("flops_official", "flops_executable", "reduction_official", "reduction_executable", "kept_share")
-
-
-def _loss_scale(run: Run) -> float:
-    """What 16-bit training has multiplied the loss by."""
-    scaler = getattr(run.fabric._precision, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
