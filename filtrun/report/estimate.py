@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from filtrun.report.index import read_records
 
+RUNS = "runs"
 ALIKE = ("task", "data", "model")
 
 
@@ -32,13 +33,13 @@ def estimate(row: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Es
 
 
 def like(config: Mapping[str, Any], choices: Mapping[str, str], folder: Path) -> Estimate | None:
-    """By finished cells below `folder` of the same scale, task, data and model, those with the same method first.
+    """By finished cells below `folder`, and single runs beside it, of the same scale, task, data and model, those with the same method first.
 
     Where they were trained for another number of images, their training time is scaled to the cell's.
     """
     wanted = tuple(choices.get(key) for key in ALIKE)
     found: dict[bool, list[float]] = {True: [], False: []}
-    for record in _below(folder):
+    for record in (*_below(folder), *_below(folder.parent / RUNS)):
         held = record.get("config") or {}
         if held.get("scale") != config.get("scale"):
             continue
@@ -60,7 +61,7 @@ def _below(folder: Path) -> tuple[dict[str, Any], ...]:
         return ()
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _read(folder: Path, changed: int) -> tuple[dict[str, Any], ...]:
     """Looked through once for all rows of all tables; a new cell changes the folder's time."""
     return tuple(read_records(folder, finished=True))

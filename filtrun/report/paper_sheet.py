@@ -26,21 +26,22 @@ def paper_sheet(grid: Grid, *, only_rows: bool = False) -> Sheet:
     names = list(grid.rows)
     if published and not only_rows:
         names += [row for row in published[0].rows if row not in names]
-    ours = f"ours, {grid.scale} scale"
+    ours = f"ours, {grid.scale} scale, {len(grid.seeds)} seed{'s' * (len(grid.seeds) != 1)}"
     columns = [Column("", number=False)] + [Column(numbers[m].title, b, ours) for m, b in table.metrics.items()]
     rows = [[Box(name)] for name in names]
     for metric, better in table.metrics.items():
         values = [list(grid.values(row, metric).values()) for row in names]
         marked = marks([mean(v) if v else None for v in values], better)
         for row, value, mark in zip(rows, values, marked, strict=True):
-            row.append(Box(numbers[metric].values(value), mark))
+            row.append(Box(_ours(grid, row[0].text, numbers[metric], value), mark))
     _trained(grid, columns, rows, names, ours)
     sheet = Sheet(f"{card.title}: {table.title}", columns, rows, caption(grid))
     for position, block in enumerate(published):
         told = _published_note(block, grid.scale)
         if position == 0:
             sheet.notes.append(f"[1] {told}")
-            _add_published(block, columns, rows, names, "published [1]")
+            group = "published [1]" if grid.scale in block.same else "published [1] ≠"
+            _add_published(block, columns, rows, names, group)
         else:
             sheet.more.append(_published_sheet(block, f"Published [{position + 1}]: {told}", names, only_rows))
     sheet.claims = [Judged(v.verdict, f"{v.claim.says} [{v.claim.source}]", evidence(v, numbers)) for v in verdicts]
@@ -96,6 +97,14 @@ def missing_lines(grid: Grid) -> list[str]:
     return lines
 
 
+def _ours(grid: Grid, row: str, number: Number, values: Sequence[float]) -> str:
+    """Mean ± standard deviation, with the number of seeds where some are missing; `not run` without a record."""
+    if not values:
+        return NOT_RUN if row in grid.rows and not grid.records(row) else number.values(values)
+    count = len(grid.seeds)
+    return number.values(values) + (f" ({len(values)} of {count})" if len(values) < count else "")
+
+
 def _trained(grid: Grid, columns: list[Column], rows: list[list[Box]], names: Sequence[str], group: str) -> None:
     """Add how much is trained, where the rows differ in it."""
     told = []
@@ -112,7 +121,7 @@ def _trained(grid: Grid, columns: list[Column], rows: list[list[Box]], names: Se
 
 def _published_note(block: Published, scale: str) -> str:
     told = f"{block.setting} [{block.source}]"
-    return told if scale in block.same else f"{told}; another setting than ours, not to be compared"
+    return told if scale in block.same else f"{told}; ≠ another setting than ours, not to be compared"
 
 
 def _add_published(

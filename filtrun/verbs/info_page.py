@@ -103,6 +103,8 @@ class _Page:
                 table.add_row(*(Text(plain(cell)) for cell in (name, default, option["allowed"], meaning)))
             self.console.print()
             self.console.print(table)
+        if self.item["kind"] == "methods":
+            self.line("In brackets: where the default or the range is from; without, it is a choice of this program.")
 
     def metrics(self) -> None:
         described = self.item.get("metrics", {})

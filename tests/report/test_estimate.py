@@ -41,3 +41,10 @@ def test_by_cells_alike(tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "record.json").write_text("{")
     assert like(CONFIG, CHOICES, tmp_path) == Estimate(6.0, "by 2 runs of the same method on the same data and model")
+
+
+def test_single_runs_beside_the_sweeps_count(tmp_path):
+    cell(tmp_path / "runs", "2026-01-31", total=7.0)
+    (tmp_path / "sweeps").mkdir()
+    found = like(CONFIG, CHOICES, tmp_path / "sweeps")
+    assert found == Estimate(7.0, "by 1 run of the same method on the same data and model")

@@ -15,10 +15,10 @@ def texts(sheet):
 
 
 def test_ours_beside_the_published_numbers(cards, run_sweeps):
-    sheet = paper_sheet(cards.grid_of(run_sweeps))
+    sheet, ours = paper_sheet(cards.grid_of(run_sweeps)), "ours, laptop scale, 3 seeds"
     assert [(c.title, c.better, c.group) for c in sheet.columns] == [
-        ("", "", ""), ("accuracy", "higher", "ours, laptop scale"), ("NLL", "lower", "ours, laptop scale"),
-        ("trained parameters", "", "ours, laptop scale"), ("top-1", "higher", "published [1]"),
+        ("", "", ""), ("accuracy", "higher", ours), ("NLL", "lower", ours),
+        ("trained parameters", "", ours), ("top-1", "higher", "published [1] ≠"),
     ]  # fmt: skip
     assert texts(sheet) == {
         "full": ["92.00 ± 2.00 %", "0.4000 ± 0.1000", "17,254 (100.0%)", "70.50"],
@@ -29,7 +29,7 @@ def test_ours_beside_the_published_numbers(cards, run_sweeps):
     assert [[box.mark for box in row[1:]] for row in sheet.rows] == [
         ["best", "best", "", "best"], ["second", "second", "", ""], ["", "", "", ""], ["", "", "", ""],
     ]  # fmt: skip
-    assert sheet.notes == ["[1] ImageNet [Table 1]; another setting than ours, not to be compared"]
+    assert sheet.notes == ["[1] ImageNet [Table 1]; ≠ another setting than ours, not to be compared"]
     (other,) = sheet.more
     assert other.title == "Published [2]: digits [Table 2]" and texts(other) == {"head": ["50"]}  # the same setting
 
@@ -97,7 +97,10 @@ def test_missing_cells_and_their_cost(cards, records, run_sweeps, tmp_path):
         "4 of 9 cells are not run (about 10.8 s); --run does",
     ]  # fmt: skip
     assert [c.verdict for c in sheet.claims] == ["not run", "not run"] and "2 of 3 seeds" in sheet.claims[0].evidence
-    assert texts(sheet)["none"][0] == "-" and any("unlike numbers of seeds: 2 (full)" in w for w in sheet.warnings)
+    assert texts(sheet)["none"][:2] == ["not run", "not run"]
+    assert texts(sheet)["full"][0] == "91.00 ± 1.41 % (2 of 3)" and any(
+        "unlike numbers of seeds: 2 (full)" in w for w in sheet.warnings
+    )
     entry = sheet.data["missing"][0]
     assert (entry["row"], entry["seed"], entry["seconds"]) == ("full", 2, 2.5) and "method=full" in entry["overrides"]
     assert [m["estimate"] for m in sheet.data["missing"]] == ["by its row", *["by full, head"] * 3]
@@ -108,7 +111,7 @@ def test_the_cards_numbers_are_never_ours(cards, tmp_path):
     known = Measured("laptop", "2026-01-31", "cpu", (0,), {"full": {"test/accuracy": (0.77,)}})
     table = dataclasses.replace(made.tables[0], measured=(known,))
     sheet = paper_sheet(read_grid(dataclasses.replace(made, tables=(table,)), table, "laptop", tmp_path))
-    assert texts(sheet)["full"][:2] == ["-", "-"] and "0.77" not in str(sheet.data)
+    assert texts(sheet)["full"][:2] == ["not run", "not run"] and "0.77" not in str(sheet.data)
     assert any("measured at laptop scale on 2026-01-31 (`filtrun info tiny`)" in note for note in sheet.notes)
 
 
