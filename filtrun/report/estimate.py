@@ -33,9 +33,10 @@ def estimate(row: str, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Es
 
 
 def like(config: Mapping[str, Any], choices: Mapping[str, str], folder: Path) -> Estimate | None:
-    """By finished cells below `folder`, and single runs beside it, of the same scale, task, data and model, those with the same method first.
+    """By finished cells below `folder`, and single runs beside it, of the same scale, task, data and model.
 
-    Where they were trained for another number of images, their training time is scaled to the cell's.
+    Those with the same method come first. Where they were trained for another number of images, their training time is
+    scaled to the cell's.
     """
     wanted = tuple(choices.get(key) for key in ALIKE)
     found: dict[bool, list[float]] = {True: [], False: []}

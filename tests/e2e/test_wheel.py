@@ -24,7 +24,12 @@ def test_an_installed_wheel_finds_its_configurations(tmp_path: Path) -> None:
     subprocess.run(build, check=True, timeout=300)
     (wheel,) = (tmp_path / "dist").glob("filtrun-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"filtrun/conf/config.yaml", "filtrun/record.schema.json", "filtrun/conf/method/sara.yaml"} <= set(names)
+    assert {
+        "filtrun/conf/config.yaml",
+        "filtrun/record.schema.json",
+        "filtrun/conf/method/sara.yaml",
+        "filtrun/conf/catalogue.jsonl",
+    } <= set(names)
     assert not any(name.startswith(("tests/", "bench/", "conf/")) for name in names)
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     subprocess.run(
