@@ -18,6 +18,7 @@ VERBS = {
     "sample": "filtrun.verbs.sample",
     "apply": "filtrun.verbs.apply",
     "table": "filtrun.verbs.table",
+    "diff": "filtrun.verbs.diff",
     "check": "filtrun.verbs.check",
     "doctor": "filtrun.verbs.doctor",
 }

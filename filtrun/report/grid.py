@@ -13,9 +13,11 @@ from filtrun.errors import UserError, closest
 from filtrun.report.estimate import Estimate, estimate, like
 from filtrun.report.evidence import measured
 from filtrun.report.index import read_records
+from filtrun.report.select import check_keys, matches
 
 if TYPE_CHECKING:
     from filtrun.report.card import Card, Table
+    from filtrun.report.select import Condition
     from filtrun.sweep import Job
 
 DONE, MISSING = "finished", "not run"
@@ -122,6 +124,38 @@ def find_records(slots: Sequence[Slot], sweep_dir: Path) -> None:
         slot.record = singles.get(slot.job.folder.name)
         slot.state = DONE if slot.record else MISSING if state == DONE else state
         slot.error = "" if slot.record or not found else str(found.get("error") or "").partition("\n")[0]
+
+
+def choose_cells(grids: Sequence[Grid], conditions: Sequence[Condition]) -> list[Grid]:
+    """Grids with the cells only that meet conditions; those that are not run by what their configuration says.
+
+    Raises UserError for a key that no cell has, or when no cell is left.
+    """
+    held = [[slot.record or _to_be(slot) for slot in grid.slots] for grid in grids]
+    check_keys("--where", [c.key for c in conditions], [record for each in held for record in each])
+    found = []
+    for grid, records in zip(grids, held, strict=True):
+        slots = [s for s, record in zip(grid.slots, records, strict=True) if matches(record, conditions)]
+        rows, seeds = {s.row for s in slots}, {s.seed for s in slots}
+        if slots:
+            kept = (tuple(r for r in grid.rows if r in rows), tuple(s for s in grid.seeds if s in seeds))
+            found.append(Grid(grid.card, grid.table, grid.scale, *kept, slots, grid.problems))
+    if not found:
+        raise UserError(f"no cell of the table has {', '.join(map(str, conditions))}")
+    return found
+
+
+def _to_be(slot: Slot) -> dict[str, Any]:
+    """A cell that is not run, as far as its record is known already."""
+    config, choices = slot.job.config, slot.job.choices
+    names = {key: choices.get(key, "") for key in ("task", "data", "model")}
+    return {
+        "config": config,
+        "seed": slot.seed,
+        "methods": list(config.get("method") or ()),
+        "status": slot.state,
+        **names,
+    }
 
 
 def choose_rows(card: Card, names: Sequence[str]) -> None:

@@ -58,11 +58,11 @@ def _table(console: Console, sheet: Sheet, columns: list[Column], title: str = "
     """Some columns of a sheet; rows that say nothing in them are left out."""
     arrows = {"lower": "(low)", "higher": "(high)"} if console.options.ascii_only else ARROWS
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
-    groups = _groups(sheet)
+    own = next((g for g in _groups(sheet) if g.startswith("ours")), "")  # a paper's table is ours where nothing is said
     if title:
         table.title, table.title_style = Text(title), "dim"
     for column in columns:
-        group = f"{column.group}\n" if column.group and not title and column.group != groups[0] else ""
+        group = f"{column.group}\n" if column.group and not title and column.group != own else ""
         heading = Text(f"{group}{column.title} {arrows.get(column.better, '')}".rstrip())
         table.add_column(heading, justify="right" if column.number else "left", overflow="fold")
     places = [i for i, c in enumerate(sheet.columns) if c in columns]

@@ -61,7 +61,7 @@ def test_another_folder_of_sweeps(here, capsys):
         (["tiny", "--scale", "paper"], "tiny has no table at scale paper; it has smoke, laptop"),
         (
             ["tiny", "--format", "htm"],
-            "unknown format 'htm' (allowed: rich, md, latex, html, json); did you mean 'html'?",
+            "unknown format 'htm' (allowed: rich, md, latex, html, json, csv, parquet); did you mean 'html'?",
         ),
         (["tiny", "--rows", "fulll"], "--rows fulll: the paper tiny has no such row; did you mean 'full'"),
         (["tiny", "--seeds", "0,a"], "--seeds 0,a must be whole numbers"),
@@ -72,6 +72,18 @@ def test_another_folder_of_sweeps(here, capsys):
         (["gallery", "--rows", "tny"], "--rows tny: no such paper; did you mean 'tiny'"),
         (["gallery", "--write-card"], "--write-card takes one paper"),
         (["tiny", "--write-card", "--scale", "smoke"], "at a scale whose numbers mean something"),
+        (["tiny", "--by", "seed"], "--by goes with a folder of records; a paper's card says"),
+        (["tiny", "--limit", "0"], "--limit goes with a folder of records"),
+        (
+            ["tiny", "--where", "trainer.lrr=1"],
+            "--where trainer.lrr: no record has such a key; did you mean 'trainer.lr'",
+        ),
+        (["tiny", "--where", "seed=7"], "no cell of the table has seed=7"),
+        (["tiny", "--where", "seed=1", "--write-card"], "not with --write-card"),
+        (["gallery", "--where", "seed=1"], "--where goes with the table of one paper or a folder"),
+        (["tiny", "--out", "x.doc"], "--out x.doc: give --format, or a name that ends in .md, .tex"),
+        (["tiny", "--format", "parquet"], "give --out FILE.parquet"),
+        (["./tiny"], "there is no folder ./tiny"),
         ([], "required: PAPER"),
     ],
 )
@@ -79,6 +91,26 @@ def test_mistakes_are_one_line(here, words, message):
     with pytest.raises(UserError) as error:
         table.main([*words, "--config-dir", "conf"])
     assert message in str(error.value) and ("\n" not in str(error.value) or not words)
+
+
+def test_some_cells_of_a_paper(here, capsys):
+    out = told(capsys, "--where", "seed<2,methods!=none")
+    assert "only cells with seed<2, methods!=none" in out and "seeds 0, 1;" in out and "\nnone" not in out
+    shutil.rmtree(here / "outputs" / "sweeps")
+    (data,) = json.loads(told(capsys, "--where", "seed=2", "--where", "method~probe", "--format", "json"))
+    assert [(m["row"], m["seed"]) for m in data["missing"]] == [("head", 2)]  # known of a cell before it is run
+
+
+def test_a_table_in_a_file(here, capsys):
+    told(capsys, "--out", "t.md")
+    assert "**92.00 ± 2.00 %**" in (here / "t.md").read_text()
+    with pytest.raises(UserError, match="t.md exists; choose another --out, or --overwrite"):
+        told(capsys, "--out", "t.md")
+    told(capsys, "--out", "t.md", "--overwrite", "--format", "csv")
+    lines = (here / "t.md").read_text().splitlines()
+    assert lines[0].startswith("paper,table,scale,row,seed,test/accuracy") and len(lines) == 10
+    assert lines[4].startswith("tiny,main,laptop,head,0,0.8,")
+    assert sorted(p.name for p in here.iterdir()) == ["conf", "outputs", "t.md"]
 
 
 def test_a_broken_card_says_what_is_wrong(here):
