@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from filtrun.cells import content, flat
-from filtrun.report.select import told, value_of
+from filtrun.report.select import ABSENT, told, value_of
 
 MOST = 8
 """Differences that are listed one by one."""
@@ -30,7 +30,7 @@ class Parts:
 
     def keys(self, name: str, value: Any) -> dict[str, str]:
         """What a part, such as ``trainer``, says of what is computed: flat key -> value as text."""
-        mark = (name, id(value)) if isinstance(value, Mapping) else (name, told(value))
+        mark = (name, id(value)) if isinstance(value, dict) else (name, told(value))
         if mark not in self._flat:
             self._kept.append(value)
             self._flat[mark] = {key: told(v) for key, v in flat(content({name: value})).items()}
@@ -39,17 +39,15 @@ class Parts:
     def values(self, records: Iterable[Record]) -> dict[str, set[str]]:
         """The values that each key has among records. A key that some do not have is ``absent`` there, but for the
         options of methods: they say nothing of other methods."""
-        parts: dict[str, dict[int, dict[str, str]]] = {}
         configs = [r.get("config") or {} for r in records]
+        parts: dict[str, list[dict[str, str]]] = {}
         for name in dict.fromkeys(name for config in configs for name in config):
-            each = parts.setdefault(name, {})
-            for config in configs:
-                found = self.keys(name, config[name]) if name in config else {}
-                each[id(found) if found else 0] = found
+            held = {id(value): value for value in (config.get(name, ABSENT) for config in configs)}
+            parts[name] = [{} if value is ABSENT else self.keys(name, value) for value in held.values()]
         values: dict[str, set[str]] = {}
         for name, each in parts.items():
-            for key in {key for found in each.values() for key in found}:
-                values[key] = {found.get(key, "absent") for found in each.values()}
+            for key in {key for found in each for key in found}:
+                values[key] = {found.get(key, "absent") for found in each}
                 if name == "method":
                     values[key].discard("absent")
         return values
@@ -63,12 +61,13 @@ def differences(rows: Rows, axes: Iterable[str]) -> tuple[dict[str, str], dict[s
     """
     parts, axes = Parts(), list(axes)
     values = {row: parts.values(records) for row, records in rows.items() if records}
-    seeds = {str(r.get("seed")) for records in rows.values() for r in records}
+    seeds = {row: {str(r.get("seed")) for r in records} for row, records in rows.items()}
     roots = {_AXES[axis] for axis in axes if axis in _AXES}
     within: dict[str, str] = {}
     between: dict[str, str] = {}
     for key in sorted({key for found in values.values() for key in found}):
-        if key in axes or (key.endswith("seed") and all(v.get(key, set()) <= seeds for v in values.values())):
+        follows = key.endswith("seed") and all(v.get(key, seeds[row]) == seeds[row] for row, v in values.items())
+        if key in axes or follows:
             continue
         mixed = {row: ", ".join(sorted(v[key])) for row, v in values.items() if len(v.get(key, ())) > 1}
         if mixed and key.partition(".")[0] not in roots - {"method"}:
@@ -154,20 +153,24 @@ def tried(records: Sequence[Record], shown: Iterable[Record]) -> dict[str, int]:
     methods = {setting[0] for setting in here}
     places = {setting[1:] for setting in here}
     parts = Parts()
-    known: dict[Any, Any] = {}
+    marks: dict[Any, int] = {}  # of parts that compute the same but for seeds
+    known: dict[Any, int] = {}
     found: dict[str, dict[Any, set[Any]]] = {}
     for record in records:
         method, *place = _setting(record)
         if method not in methods or tuple(place) not in places:
             continue
-        config, setting = record.get("config") or {}, []
-        for name, value in config.items():
-            if name not in ("data", "task", "model", "scale"):
-                keys = parts.keys(name, value)
-                if id(keys) not in known:
-                    known[id(keys)] = frozenset((k, v) for k, v in keys.items() if not k.endswith("seed"))
-                setting.append((name, known[id(keys)]))
-        found.setdefault(method, {}).setdefault(tuple(place), set()).add(tuple(setting))
+        setting = []
+        for name, value in (record.get("config") or {}).items():
+            if name in ("data", "task", "model", "scale"):
+                continue
+            mark = known.get((name, id(value)))
+            if mark is None:
+                keys = parts.keys(name, value).items()
+                mark = marks.setdefault(frozenset((k, v) for k, v in keys if not k.endswith("seed")), len(marks))
+                known[name, id(value)] = mark
+            setting.append(mark)
+        found.setdefault(method, {}).setdefault(tuple(place), set()).add(frozenset(setting))
     return {method: max(map(len, each.values())) for method, each in sorted(found.items())}
 
 

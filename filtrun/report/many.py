@@ -9,6 +9,7 @@ from typing import Any
 
 from filtrun.errors import UserError
 from filtrun.report.evidence import measured
+from filtrun.report.fairness import tried
 from filtrun.report.many_caption import caption, warnings
 from filtrun.report.select import ABSENT, Condition, check_keys, keys_of, matches, order, told, value_of
 from filtrun.report.sheet import Box, Column, Number, Sheet, marks, metric_facts
@@ -84,12 +85,13 @@ def folder_sheet(records: Records, folder: Path, ask: Question, broken: Sequence
             for row in sheet.data["rows"]:
                 row |= {key: _plain(value_of(ordered[row["folder"]], key)) for key in keys}
     sheet.title = title
-    sheet.caption = caption(rows, records, folder)
+    counts = tried(records, [r for each in rows.values() for r in each])
+    sheet.caption = caption(rows, counts, folder)
     sheet.notes = notes + sheet.notes
-    sheet.warnings = warnings(rows, axes, records, single=not grouped)
+    sheet.warnings = warnings(rows, axes, counts, single=not grouped)
     sheet.data |= {
         "title": title, "records": len(chosen), "caption": sheet.caption, "notes": sheet.notes,
-        "warnings": sheet.warnings,
+        "warnings": sheet.warnings, "tried": counts,
     }  # fmt: skip
     return sheet
 

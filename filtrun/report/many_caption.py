@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.report import caption as parts
-from filtrun.report.fairness import budget_line, by_value, differences, distinct, listed, names, tried, unlike
+from filtrun.report.fairness import budget_line, by_value, differences, distinct, listed, names, unlike
 from filtrun.report.table import SCALE_NOTES
 from filtrun.report.units import plain
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def caption(rows: Rows, everything: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+def caption(rows: Rows, counts: Mapping[str, int], folder: Path) -> list[str]:
     """Scale, data, backbone, budget, base, tuning, seeds and machine of the records in `rows`.
 
-    Tuning is counted in `everything` below the folder: what was tried counts, whether or not it is shown.
+    `counts` has the settings tried of each method among all records below the folder (`filtrun.report.fairness.tried`):
+    what was tried counts, whether or not it is shown.
     """
     records = [r for each in rows.values() for r in each]
     what = {
@@ -25,7 +26,7 @@ def caption(rows: Rows, everything: Sequence[Mapping[str, Any]], folder: Path) -
         "model": parts.backbones(records),
         "task": parts.some(r.get("task") for r in records),
     }
-    told = ", ".join(f"{method} {count:,}" for method, count in tried(everything, records).items())
+    told = ", ".join(f"{method} {count:,}" for method, count in counts.items())
     seeds = sorted({r.get("seed", 0) for r in records})
     notes = distinct(r.get("evaluation") or {} for r in records)
     same = {k: v for k, v in notes[0].items() if all(k in note and note[k] == v for note in notes)}
@@ -43,12 +44,11 @@ def caption(rows: Rows, everything: Sequence[Mapping[str, Any]], folder: Path) -
     return [plain(line) for line in lines if line]
 
 
-def warnings(
-    rows: Rows, axes: Sequence[str], everything: Sequence[Mapping[str, Any]], *, single: bool = False
-) -> list[str]:
+def warnings(rows: Rows, axes: Sequence[str], counts: Mapping[str, int], *, single: bool = False) -> list[str]:
     """Where the records differ in anything but the axes they are compared along.
 
     Args:
+        counts: as in `caption`.
         single: `rows` is one row of all records, each shown by itself.
     """
     lines = []
@@ -70,9 +70,9 @@ def warnings(
         lines.append(("the records also differ in " if single else "mixed within a row: ") + listed(within))
     if between:
         lines.append("the rows also differ in " + listed(between))
-    counts = {method: f"{count:,}" for method, count in tried(everything, records).items()}
     if len(set(counts.values())) > 1:
-        lines.append(f"unlike tuning: settings tried: {by_value(counts)}")
+        settings = {method: f"{count:,}" for method, count in counts.items()}
+        lines.append(f"unlike tuning: settings tried: {by_value(settings)}")
     lines += [line.replace(" ()", "") for line in unlike(rows, [*within, *between])]
     return [plain(line) for line in lines]
 

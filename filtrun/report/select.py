@@ -69,10 +69,10 @@ def value_of(record: Mapping[str, Any], key: str) -> Any:
 
 def _at(value: Any, path: Sequence[str]) -> Any:
     for part in path:
-        if not isinstance(value, Mapping) or part not in value:
+        if not isinstance(value, dict) or part not in value:
             return ABSENT
         value = value[part]
-    return ABSENT if isinstance(value, Mapping) and value else value
+    return ABSENT if isinstance(value, dict) and value else value
 
 
 def keys_of(records: Iterable[Mapping[str, Any]]) -> list[str]:

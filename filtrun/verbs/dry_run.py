@@ -93,16 +93,12 @@ def estimate(config: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
 
 def earlier_seconds(config: dict[str, Any], choices: dict[str, str]) -> float | None:
     """Mean total seconds of finished runs below ``outputs`` with the same data, model, task, methods and steps."""
-    from filtrun.record import Record
+    from filtrun.report.evidence import finished_records
 
     found = []
-    for path in Path("outputs").glob("*/*/record.json"):
-        try:
-            record = Record.read(path)
-        except UserError:
-            continue
-        same = (record.data, record.model, record.task) == tuple(choices.get(k) for k in ("data", "model", "task"))
-        if same and record.status == "finished" and record.methods == list(config.get("method") or {}):
-            if record.config["trainer"] == config["trainer"]:
-                found.append(float(record.cost.get("total_seconds") or 0))
+    for record in finished_records():
+        same = all(record.get(key) == choices.get(key) for key in ("data", "model", "task"))
+        if same and record.get("methods") == list(config.get("method") or {}):
+            if record["config"].get("trainer") == config["trainer"]:
+                found.append(float((record.get("cost") or {}).get("total_seconds") or 0))
     return sum(found) / len(found) if found else None

@@ -144,6 +144,10 @@ def test_rows_that_are_unlike(folder):
     assert differences(rows(config={"trainer": {"lr": 0.3}}), ["methods", "trainer.lr"])[1].keys() >= {
         "trainer.batch_size"
     }
+    one = rows(config={"trainer": {"lr": 0.1, "batch_size": 10}, "split_seed": 1})
+    for record in one["full"]:
+        record["config"]["split_seed"] = 0
+    assert differences(one, ["methods"])[1]["split_seed"] == "0 (full), 1 (lora)"  # another seed than the run's is told
     assert unlike(rows(environment={"device": "cuda", "torch": "2.13", "git": "b"})) == [
         "the cells were run with unlike device: cpu, cuda",
         "the cells were run with unlike versions of the code (git): a, b",
