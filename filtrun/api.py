@@ -61,18 +61,29 @@ def with_default_model(overrides: Sequence[str]) -> list[str]:
 
 def plain(config: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """A composed Hydra configuration as (plain dictionary without ``hydra``, option chosen for each group)."""
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
+    own, choices = without_hydra(config.copy())
+    return resolved(own), choices
+
+
+def without_hydra(config: Any) -> tuple[Any, dict[str, str]]:
+    """(the configuration, which loses its ``hydra`` node; the option chosen for each group)."""
+    from omegaconf import open_dict
 
     choices = {k: v for k, v in dict(config.hydra.runtime.choices).items() if v and not k.startswith("hydra/")}
-    copy = config.copy()
-    with open_dict(copy):
-        del copy["hydra"]
+    with open_dict(config):
+        del config["hydra"]
+    return config, choices
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A configuration without ``hydra`` as a plain dictionary. Raises UserError for what is missing in it."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        values = OmegaConf.to_container(copy, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
-    return values, choices  # type: ignore[return-value]
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> tuple[dict[str, Any], dict[str, str], Path]:

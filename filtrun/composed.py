@@ -26,13 +26,13 @@ def kept(sweep_dir: Path, words: Sequence[str], config_dirs: Sequence[str | Path
     """
     folders = tuple(str(Path(folder).expanduser().absolute()) for folder in config_dirs)
     path = sweep_dir / FOLDER / f"{digest([list(words), folders])}.json"
-    stamp = digest([_stamp(), *map(_state, folders)])
+    now = stamp(folders)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["stamp"] == stamp:
+        if found["stamp"] == now:
             return found["value"]
     value = make()
-    text = json.dumps({"stamp": stamp, "value": value}, default=str)
+    text = json.dumps({"stamp": now, "value": value}, default=str)
     if sweep_dir.is_dir() and json.loads(text)["value"] == value:  # keys that are no text would come back otherwise
         work = path.with_name(f".{path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
@@ -40,6 +40,11 @@ def kept(sweep_dir: Path, words: Sequence[str], config_dirs: Sequence[str | Path
             work.write_text(text, encoding="utf-8")
             os.replace(work, path)
     return value
+
+
+def stamp(config_dirs: Sequence[str | Path]) -> str:
+    """Changes whenever a config file does, filtrun's own or one of the user's folders."""
+    return digest([_stamp(), *(_state(str(Path(folder).expanduser().absolute())) for folder in config_dirs)])
 
 
 @functools.cache

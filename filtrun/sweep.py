@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import sys
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.cells import cell_digest
-from filtrun.composed import kept
+from filtrun.composed import kept, stamp
 from filtrun.errors import Busy, Interrupted, RunFailure, UserError
+from filtrun.shared_base import composed_on_base
 
 POLL = 1.0
 """Seconds between two looks at a cell that another process is running."""
@@ -67,14 +67,13 @@ def make_jobs(
     words = [o for o in overrides if not o.startswith("seed=")]
 
     def compose() -> list[Any]:
-        from filtrun.api import composed_by_hydra, plain
+        from filtrun.api import resolved
 
-        composed = composed_by_hydra([*words, f"seed={seeds[0]}", *extra], config_dirs)
+        composed, choices = composed_on_base([*words, f"seed={seeds[0]}", *extra], config_dirs, stamp(config_dirs))
         found = []
         for seed in seeds:
-            each = copy.copy(composed)
-            each.seed = seed
-            found.append(plain(each))
+            composed.seed = seed
+            found.append((resolved(composed), choices))
         return found
 
     key = [*words, *extra, f"seeds={list(seeds)}"]
