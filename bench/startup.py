@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 
-COMMANDS = {"--help": ["--help"], "list": ["list"], "info sara": ["info", "sara"]}
+COMMANDS = {"--help": ["--help"], "list": ["list"], "list papers": ["list", "papers"], "info sara": ["info", "sara"]}
 BUDGET = 60
 ROUNDS = 7
 
