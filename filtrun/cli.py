@@ -19,6 +19,7 @@ VERBS = {
     "apply": "filtrun.verbs.apply",
     "table": "filtrun.verbs.table",
     "diff": "filtrun.verbs.diff",
+    "search": "filtrun.verbs.search",
     "check": "filtrun.verbs.check",
     "doctor": "filtrun.verbs.doctor",
 }

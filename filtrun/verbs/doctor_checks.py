@@ -28,7 +28,8 @@ NEEDED = {
 """Module -> package, without which the embedded main job cannot run."""
 
 EXTRAS = {"timm": ("timm",), "diffusers": ("diffusers",), "peft": ("peft", "transformers", "accelerate"),
-          "pruning": ("torch_pruning",), "mlflow": ("mlflow",), "wandb": ("wandb",)}  # fmt: skip
+          "pruning": ("torch_pruning",), "mlflow": ("mlflow",), "wandb": ("wandb",),
+          "search": ("optuna",)}  # fmt: skip
 """Extra of filtrun -> the modules it brings."""
 
 LITTLE_SPACE, NO_SPACE = 2e9, 2e8
