@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filtrun.cells import MACHINE_KEYS
 from filtrun.errors import UserError, closest, unknown
 from filtrun.verbs import Parser, print_json, terminal
 
@@ -27,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
     optuna()
     seeds = options.seeds
     words, used, direction = checked(words, space, options)
-    about = {"overrides": sorted(words), "metric": options.metric, "split": used, "seeds": seeds}
+    same = sorted(w for w in words if w.partition("=")[0].partition(".")[0] not in MACHINE_KEYS)
+    about = {"overrides": same, "metric": options.metric, "split": used, "seeds": seeds}
     folder = Path("outputs/searches", options.study)
     study = Study(folder, space, about, direction, sampler=options.sampler, seed=options.seed)
     print(f"objective: {direction} {options.metric}, mean of {len(seeds)} seeds, on the {used} split", file=sys.stderr)

@@ -94,3 +94,7 @@ def test_the_command(cli: Any, stages_root: Path) -> None:
     found = json.loads(done.out)
     assert found["tried"] == 2 and found["split"] == "val" and "task.split=val" in found["command"]
     assert found["direction"] == "maximize" and len(list(Path("outputs/sweeps").glob("*/record.json"))) == 2
+    again = cli(
+        *words, "threads=1", "trainer.lr=log(1e-3,1e-2)", "--metric", "test/accuracy", "--trials", "2", "--json"
+    )
+    assert again.code == 0 and json.loads(again.out)["trials"] == found["trials"]
