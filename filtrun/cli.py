@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -32,6 +33,7 @@ FLAGS_WITH_VALUE = (
 FLAGS = (
     *FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
     "--shell-completion", "-sc", "--info", "-i", "--dry-run",
+    "--fail-fast",
 )  # fmt: skip
 
 
@@ -66,7 +68,8 @@ def complain(error: UserError | RunFailure) -> int:
 def run_command(arguments: list[str]) -> int:
     """Everything but the verbs: Hydra composes, then each job runs in its folder."""
     dry = "--dry-run" in arguments
-    flags, overrides = split_arguments([a for a in arguments if a != "--dry-run"])
+    fail_fast = "--fail-fast" in arguments
+    flags, overrides = split_arguments([a for a in arguments if a not in ("--dry-run", "--fail-fast")])
     overrides = _resumed(overrides)
     from filtrun.api import register_resolvers, with_default_model
     from filtrun.catalogue import conf_dir
@@ -79,7 +82,9 @@ def run_command(arguments: list[str]) -> int:
         job: Any = DryRun()
         more += job.overrides()
     else:
-        job = Job(multirun="-m" in flags or "--multirun" in flags)
+        job = Job(multirun="-m" in flags or "--multirun" in flags, fail_fast=fail_fast)
+        if fail_fast and not job.multirun:
+            raise UserError("--fail-fast goes with -m: it ends a sweep at the first cell that fails")
     if int(os.environ.get("RANK", "0")) > 0:
         import tempfile  # a process started by torchrun beside the first one keeps out of the run folder
 
@@ -162,8 +167,10 @@ def _resumed(arguments: list[str]) -> list[str]:
 class Job:
     """What Hydra calls for each composed configuration; remembers how it went."""
 
-    def __init__(self, multirun: bool) -> None:
+    def __init__(self, multirun: bool, fail_fast: bool = False) -> None:
         self.multirun = multirun
+        self.fail_fast = fail_fast
+        self.later: list[Any] = []
         self.codes: list[int] = []
         self.cells: list[tuple[str, Any]] = []
 
@@ -178,6 +185,12 @@ class Job:
         overrides = [str(o) for o in hydra.overrides.task]
         try:
             values, choices = plain(_with_hydra(config, hydra))
+            if self.multirun and (self.fail_fast or (isinstance(values["workers"], int) and values["workers"] > 1)):
+                from filtrun import sweep
+
+                folder = Path(hydra.runtime.output_dir)
+                self.later.append(sweep.Job(" ".join(overrides), tuple(overrides), values, choices, folder))
+                return
             record = execute(values, choices, Path(hydra.runtime.output_dir), overrides, cell=self.multirun)
         except Interrupted as error:  # whoever stops a sweep does not mean one cell; Hydra would go on to the next
             raise KeyboardInterrupt from error
@@ -192,10 +205,25 @@ class Job:
 
     def close(self) -> int:
         """The exit code of all jobs: a failure (1) outweighs a user's mistake (2)."""
+        if self.later:
+            self._on_workers()
         if self.multirun and self.cells:
             failed = sum(record is None for _, record in self.cells)
             print(f"{len(self.cells)} cells: {len(self.cells) - failed} finished, {failed} failed")
         return 1 if 1 in self.codes else max(self.codes, default=0)
+
+    def _on_workers(self) -> None:
+        """Run the cells that were put aside, several at a time."""
+        from filtrun.sweeps.view import run_shown
+
+        jobs = list({job.folder: job for job in self.later}.values())
+        same = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+        jobs = [dataclasses.replace(j, label=" ".join(o for o in j.overrides if o not in same)) for j in jobs]
+        outcomes = run_shown(jobs, max(job.config["workers"] for job in jobs), fail_fast=self.fail_fast)
+        self.codes += [0 if outcome.record else 1 for outcome in outcomes]
+        self.cells += [(outcome.job.label, outcome.record) for outcome in outcomes]
+        if len(outcomes) < len(jobs):
+            print(f"stopped at the first failure: {len(jobs) - len(outcomes)} cells were not run", file=sys.stderr)
 
 
 def _with_hydra(config: Any, hydra: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Run many cells one after the other in this process, each as if it had one of its own."""
+"""Run many cells, one after the other in this process or on several workers, each as if it had a process of its own."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: its record, or why there is none."""
+    """How a cell ended: its record, or why there is none; `cached`: it had been there already."""
 
     job: Job
     record: Any = None
     error: str = ""
     seconds: float = 0.0
+    cached: bool = False
 
 
 def make_jobs(
@@ -91,12 +92,23 @@ def run_jobs(
     jobs: Sequence[Job],
     starts: Callable[[int, Job], None] = lambda done, job: None,
     ended: Callable[[int, Outcome], None] = lambda done, outcome: None,
+    *,
+    workers: int | None = None,
+    fail_fast: bool = False,
 ) -> list[Outcome]:
-    """Do the jobs in turn; one that fails does not stop the others. A cell another process is at is waited for, last.
+    """Do the jobs; one that fails does not stop the others. A cell another process is at is waited for, last.
 
     `starts` and `ended` are called with the number of jobs that have ended and the one at hand. Raises
     KeyboardInterrupt (from Interrupted) when the sweep is stopped.
+
+    Args:
+        workers: so many processes at a time, each of which may die hard; None: one after the other in this process.
+        fail_fast: stop at the first failure; cells that were not run have no outcome.
     """
+    if workers is not None and jobs:
+        from filtrun.sweeps.pool import Pool
+
+        return Pool(jobs, workers).run(starts, ended, fail_fast)
     waiting, outcomes = list(jobs), list[Outcome]()
     while waiting:
         busy = []
@@ -108,20 +120,30 @@ def run_jobs(
             else:
                 outcomes.append(outcome)
                 ended(len(outcomes), outcome)
+                if fail_fast and outcome.record is None:
+                    return outcomes
         if len(busy) == len(waiting):
             time.sleep(POLL)
         waiting = busy
     return outcomes
 
 
-def run_job(job: Job) -> Outcome | None:
-    """One cell in its folder, by the launch path of the command line; None when another process is running it."""
+def run_job(job: Job, sweep: str = "", begins: Callable[[], bool] = lambda: True) -> Outcome | None:
+    """One cell in its folder, by the launch path of the command line; None when another process is running it.
+
+    Args:
+        sweep: name of the sweep the cell's claim is held for.
+        begins: called when the claim is ours; the cell is left alone when it says no.
+    """
     from filtrun.launch import execute
+    from filtrun.sweeps.claims import claimed
 
     started = time.perf_counter()
     record, error = None, ""
     try:
-        with alone():
+        with claimed(job.folder, sweep) as ours, alone():
+            if not ours or not begins():
+                return None
             record = execute(job.config, job.choices, job.folder, list(job.overrides), quiet=True, cell=True)
     except Busy:
         return None

@@ -51,6 +51,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="with --run: run finished cells again, keep their old files"
     )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="with --run: N processes at a time (default: this one, cell by cell)"
+    )
     parser.add_argument("--format", metavar="FORMAT", help=", ".join(FORMATS) + " (default: what --out says, or rich)")
     parser.add_argument("--out", metavar="FILE", help="write the table into a file")
     parser.add_argument("--overwrite", action="store_true", help="with --out: replace a file that is there")
@@ -84,6 +87,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options.where = parse_where(options.where)
     if options.force and not options.run:
         raise UserError("--force goes with --run: it runs finished cells again")
+    if options.workers is not None and (options.workers < 1 or not options.run):
+        raise UserError("--workers goes with --run and is a whole number from 1")
     options.rows = options.rows.split(",") if options.rows else None
     options.seeds = _seeds(options.seeds) if options.seeds else None
     if options.write_card and (options.paper == GALLERY or options.rows or "smoke" in options.scale):

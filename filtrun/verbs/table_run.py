@@ -1,4 +1,4 @@
-"""``filtrun table --run``: the missing cells of tables, one after the other, with a line for each."""
+"""``filtrun table --run``: the missing cells of tables, one after the other or several at a time, a line for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from filtrun.report.units import plain
 from filtrun.sweep import Job, Outcome, run_jobs
 
 
-def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False) -> int:
+def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False, workers: int | None = None) -> int:
     """Run what has no finished record and read the records again; returns the number of failures.
 
     Cells that several tables share are run once; with `force` finished ones run too, their old files are kept aside.
@@ -49,7 +49,7 @@ def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False) 
             console.print(line, style="" if outcome.record else "red", markup=False, soft_wrap=True)
 
         try:
-            outcomes = run_jobs(jobs, starts, ended)
+            outcomes = run_jobs(jobs, starts, ended, workers=workers)
         except KeyboardInterrupt:
             done = f"{len(ended_cells)} of {len(jobs)} cells"
             raise KeyboardInterrupt from Interrupted(f"interrupted after {done}; the same command goes on")

@@ -1,0 +1,1 @@
+"""Sweeps on several worker processes: claims on cells, the board the workers share, workers, and who starts them."""

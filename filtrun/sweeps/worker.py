@@ -1,0 +1,103 @@
+"""A worker of a sweep, ``python -m filtrun.sweeps.worker BOARD NAME``: imports once, then runs cell after cell.
+
+It ends when no cell is left, or when its standard input does: whoever started it is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from filtrun.errors import UserError
+from filtrun.record import FILE, Record
+from filtrun.sweep import POLL, Job, run_job
+from filtrun.sweeps.board import Board
+
+PATIENCE = 20.0
+"""Seconds a worker has to write down that it was stopped, before it is ended."""
+
+
+def work(board: Board, name: str) -> None:
+    """Run what no other process is at, until every cell has ended. Raises KeyboardInterrupt when it is stopped."""
+    jobs, since = board.jobs(), board.since()
+    left = list(range(len(jobs)))
+    while left:
+        busy = []
+        for number in left:
+            if not board.ended(number) and not _cell(board, name, number, jobs[number], since):
+                busy.append(number)
+        if len(busy) == len(left):
+            time.sleep(POLL)
+        left = [number for number in busy if not board.ended(number)]
+
+
+def _cell(board: Board, name: str, number: int, job: Job, since: float) -> bool:
+    """Run one cell and say how it ended; False when it is in other hands."""
+    before = _changed(job)
+
+    def begins() -> bool:
+        if board.ended(number):
+            return False
+        error = failed_since(job, since)
+        if error is not None:  # another sweep has just tried
+            board.end(number, error=error, seconds=0.0, cached=False)
+            return False
+        board.begin(name, number)
+        return True
+
+    outcome = run_job(job, board.folder.name, begins)
+    if outcome is None:
+        return board.ended(number)
+    cached = outcome.record is not None and before == _changed(job)
+    board.end(number, error=outcome.error, seconds=outcome.seconds, cached=cached)
+    return True
+
+
+def failed_since(job: Job, since: float) -> str | None:
+    """Why the cell failed, if it has since the sweep began: in another sweep, then."""
+    try:
+        if (job.folder / FILE).stat().st_mtime <= since:
+            return None
+        record = Record.read(job.folder)
+    except (OSError, UserError):
+        return None
+    return str(record.error) if record.status == "failed" else None
+
+
+def _changed(job: Job) -> int | None:
+    try:
+        return (job.folder / FILE).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _ends_with_its_parent() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(1)
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Work on a board; 130 when stopped."""
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_ends_with_its_parent, daemon=True).start()
+    try:
+        work(Board(Path(sys.argv[1])), sys.argv[2])
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
