@@ -35,4 +35,5 @@ bench: .venv/.extras
 	$(BIN)/python -m bench.loop_overhead
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.lut
+	$(BIN)/python -m bench.sweep_overhead
 	$(BIN)/python -m bench.records

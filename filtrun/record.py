@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass, field
@@ -86,13 +87,18 @@ class Record:
 
 def validate(values: dict[str, Any]) -> None:
     """Raise ValueError, naming the place, when `values` is no record."""
-    import jsonschema
-
-    schema = json.loads(resources.files("filtrun").joinpath("record.schema.json").read_text())
-    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(values), key=lambda e: list(map(str, e.path)))
+    errors = sorted(_validator().iter_errors(values), key=lambda e: list(map(str, e.path)))
     if errors:
         place = "/".join(map(str, errors[0].absolute_path)) or "record"
         raise ValueError(f"{place}: {errors[0].message}")
+
+
+@functools.cache
+def _validator() -> Any:
+    import jsonschema
+
+    schema = json.loads(resources.files("filtrun").joinpath("record.schema.json").read_text())
+    return jsonschema.Draft202012Validator(schema)
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -186,5 +187,12 @@ def alone() -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         gc.collect()
+        _set_aside_what_stays()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+@functools.cache
+def _set_aside_what_stays() -> None:
+    """Keep what the libraries made while they loaded out of later collections: looking through it takes 0.2 s each."""
+    gc.freeze()
