@@ -20,6 +20,7 @@ VERBS = {
     "apply": "filtrun.verbs.apply",
     "table": "filtrun.verbs.table",
     "diff": "filtrun.verbs.diff",
+    "report": "filtrun.verbs.report",
     "search": "filtrun.verbs.search",
     "check": "filtrun.verbs.check",
     "doctor": "filtrun.verbs.doctor",
