@@ -177,6 +177,9 @@ def _only_samples(methods: list[Method]) -> bool:
 
 def check_fit(plan: Plan) -> None:
     """Raise UserError when model, task and methods do not go together, naming what would."""
+    owners = [method.slug for method in plan.methods if method.own_step is not None]
+    if len(owners) > 1:  # before their tasks, which may differ too
+        raise UserError(f"method={owners[0]} and method={owners[1]} both own the training step; use one of them")
     kind, model = plan.task.kind, plan.choices.get("model", "model")
     tasks = plan.config["model"].get("tasks") or [kind]
     if kind not in tasks:

@@ -32,9 +32,10 @@ def setup(run: Run) -> None:
     groups = _groups(run)
     if trainer.compile:
         run.model.compile()
-    planned = [p for p in (m.phases(run) for m in run.methods) if p is not None]
+    plans = {m.slug: phases for m in run.methods if (phases := m.phases(run)) is not None}
+    planned = list(plans.values())
     if len(planned) > 1:
-        raise UserError("two methods plan the phases of the run: " + ", ".join(m.slug for m in run.methods))
+        raise UserError(f"two methods plan the phases of the run: {', '.join(plans)}; use one of them")
     images = len(run.train_split) if run.train_split is not None else 0
     run.phases = planned[0] if planned else [Phase(run.label, trainer.total_steps(images))]
     if not groups:
@@ -112,7 +113,7 @@ def fit(run: Run) -> None:
     """Train to the end of the last phase, from `run.step` on (not 0 when a checkpoint was loaded)."""
     owners = [m for m in run.methods if m.own_step is not None]
     if len(owners) > 1:
-        raise UserError("two methods own the training step: " + ", ".join(m.slug for m in owners))
+        raise UserError(f"two methods own the training step: {', '.join(m.slug for m in owners)}; use one of them")
     step_of: Callable[[Run, Any], Tensor] = owners[0].own_step if owners and owners[0].own_step else train_step
     done = 0
     for phase in run.phases:

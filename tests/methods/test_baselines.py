@@ -13,6 +13,8 @@ from filtrun import runner
 from filtrun.bench_run import BenchRun, probe
 from filtrun.context import Run
 from filtrun.errors import UserError
+from filtrun.methods.peft.bitfit import BitFit
+from filtrun.methods.peft.linear_probe import LinearProbe
 from filtrun.task import normalizer
 
 VIT = ["model=vit", "model.size=nano", "model.depth=1"]
@@ -101,3 +103,35 @@ def test_none_makes_no_optimizer_and_changes_no_bit(tmp_path: Path) -> None:
     runner.fit(run)
     assert run.optimizer is None and run.step == 0
     assert moved(run, setting.base) == set() and torch.equal(before, probe(run))
+
+
+def small_classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(16, 3))
+
+
+def test_bitfit_alone_on_any_model() -> None:
+    model = small_classifier()
+    BitFit().attach(model, head=model[4].parameters())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.bias", "1.bias", "4.weight", "4.bias"]
+    BitFit(head=False).attach(model, head=model[4].parameters())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.bias", "1.bias", "4.bias"]
+    with pytest.raises(UserError, match="found no bias"):
+        BitFit().attach(nn.Linear(2, 2, bias=False))
+
+
+def test_linear_probe_alone_on_any_model() -> None:
+    model, x = small_classifier(), torch.randn(8, 1, 4, 4)
+    features = model[:4].eval()(x)
+    statistics = model[1].running_mean.clone()
+    probe_ = LinearProbe().attach(model, model[4].parameters())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["4.weight", "4.bias"]
+    model.train()
+    assert torch.equal(model(x), model[4](features)) and torch.equal(model[1].running_mean, statistics)
+    probe_.release()
+    model.train()
+    assert model[1].training and model[2].training
+    model(x)
+    assert not torch.equal(model[1].running_mean, statistics)
+    with pytest.raises(UserError, match="got none"):
+        LinearProbe().attach(model, [])

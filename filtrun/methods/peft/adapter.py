@@ -62,7 +62,8 @@ class Adapter(Method):
                     choices=("none", "in", "out"), source="code: main_image.py")  # fmt: skip
     dropout: float = opt(0.1, "dropout on the narrow features", low=0, high=0.99, source="code")
     place: str = opt("auto", "next to the MLPs of transformer blocks or to spatial convolutions; auto: MLPs if any",
-                     choices=("auto", "mlp", "conv"))  # fmt: skip
+                     choices=("auto", "mlp", "conv"),
+                     source="paper: mlp; conv is an addition of this package")  # fmt: skip
     head: bool = opt(True, "also train the classification head, as PEFT protocols do", source="code")
 
     trains: ClassVar = "part"

@@ -106,7 +106,8 @@ class BinaryAdapter(Method):
     scale: float = opt(1.0, "factor s of an adapter's output", source="main.py; 0.01 to 100 by data set in configs/")
     dropout: float = opt(0.1, "dropout on the narrow features", low=0, high=0.99, source="adaptformer.py")
     place: str = opt("auto", "adaptformer: next to the MLPs of blocks or to spatial convolutions; auto: MLPs if any",
-                     choices=("auto", "mlp", "conv"))  # fmt: skip
+                     choices=("auto", "mlp", "conv"),
+                     source="paper: mlp; conv is an addition of this package")  # fmt: skip
     head: bool = opt(True, "also train the classification head", source="main.py")
     binary_head: bool = opt(False, "the head without bias in one bit", source="main.py: bihead")
 

@@ -142,7 +142,8 @@ class FLoRA(Method):
     dropout: float = opt(0.01, "dropout on the input of the product", low=0, high=0.99, source="example.py")
     targets: Any = opt("all", "layers to adapt: all, linear, conv, attention, a name, the end of one, a regular "
                        "expression, or a list of these", source="example.py: conv2d")  # fmt: skip
-    head: bool = opt(True, "train the classification head itself instead of adapting it, as PEFT protocols do")
+    head: bool = opt(True, "train the classification head itself instead of adapting it, as PEFT protocols do",
+                     source="VPT code")  # fmt: skip
 
     trains: ClassVar = "part"
     paper: ClassVar[str] = "FLoRA, arXiv 2405.14739 (2024)"

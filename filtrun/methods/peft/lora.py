@@ -131,10 +131,12 @@ class LoRA(Method):
     rank: int = opt(4, "rank r of the trained product", low=1, source="paper, Table 6: 4 of 1 to 64")
     alpha: float | None = opt(None, "the product is scaled by alpha / rank; null: alpha = rank", low=0,
                               source="paper, section 4.1: the first rank tried")  # fmt: skip
-    dropout: float = opt(0.0, "dropout on the input of the trained product", low=0, high=0.99)
+    dropout: float = opt(0.0, "dropout on the input of the trained product", low=0, high=0.99,
+                         source="loralib: 0")  # fmt: skip
     targets: Any = opt("all", "layers to adapt: all, linear, conv, embedding, attention, a name, the end of one, "
                        "a regular expression, or a list of these", source="paper: attention only")  # fmt: skip
-    head: bool = opt(True, "train the classification head itself instead of adapting it, as PEFT protocols do")
+    head: bool = opt(True, "train the classification head itself instead of adapting it, as PEFT protocols do",
+                     source="VPT code")  # fmt: skip
 
     trains: ClassVar = "part"
     paper: ClassVar[str] = "LoRA, arXiv 2106.09685 (ICLR 2022)"

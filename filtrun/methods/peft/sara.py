@@ -88,14 +88,17 @@ class SaRA(Method):
     rank_layers_per_step: int = opt(1, "matrices regularised in each step, drawn at random", low=1,
                                     source="optim/adamw.py")  # fmt: skip
     memory: str = opt("scatter", "gradients of the chosen entries only, or masked dense ones",
-                      choices=("scatter", "dense"))  # fmt: skip
+                      choices=("scatter", "dense"),
+                      source="official code: both")  # fmt: skip
     reset_moments: bool | None = opt(
         None, "at re-selection forget the optimizer's moments and skip that update; null: as the official code, "
         "yes for scatter and no for dense",
+        source="optim/adamw.py: yes; optim/adamw2.py: no",
     )  # fmt: skip
     lr: float | None = opt(None, "learning rate; null: 1e-3 exp(-350 threshold), or the trainer's with fraction", low=0,
                            source="optim/adamw.py")  # fmt: skip
-    official_sign_quirk: bool = opt(False, "show the network |p| until the first update after each selection")
+    official_sign_quirk: bool = opt(False, "show the network |p| until the first update after each selection",
+                                    source="an addition; true: as optim/adamw.py")  # fmt: skip
 
     trains: ClassVar = "part"
     paper: ClassVar[str] = "SaRA, arXiv 2409.06633 (ICLR 2025)"

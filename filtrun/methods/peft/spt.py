@@ -75,7 +75,8 @@ class SPT(Method):
                        source="configs")  # fmt: skip
     beta: float = opt(5.0, "a vector trains as a whole when 1/beta of it is marked", low=1, source="engine.py")
     criterion: str = opt("sensitivity", "which entries are marked: the most sensitive, random ones or the least "
-                         "sensitive", choices=("sensitivity", "random", "lowest"))  # fmt: skip
+                         "sensitive", choices=("sensitivity", "random", "lowest"),
+                         source="paper, section 3.2; the others are controls")  # fmt: skip
     tau_step: float | None = opt(None, "steps in which tau is sought: below 1 a share, else a number; null: budget/20",
                                  low=0, source="engine.py: 0.02 million")  # fmt: skip
     sensitivity_batches: int = opt(8, "batches for the sensitivity, at most", low=1, source="engine.py")
@@ -83,7 +84,8 @@ class SPT(Method):
     dropout: float = opt(0.1, "dropout on the input of a module", low=0, high=0.99, source="code")
     drop_path: float = opt(0.1, "stochastic depth of a module", low=0, high=0.99, source="code")
     class_token: bool = opt(True, "also train the class token, where there is one", source="code")
-    official_skip_norms: bool = opt(False, "count marked entries of norms but keep them frozen")
+    official_skip_norms: bool = opt(False, "count marked entries of norms but keep them frozen",
+                                    source="an addition; true: as the official code")  # fmt: skip
     head: bool = opt(True, "also train the classification head", source="code")
 
     trains: ClassVar = "part"

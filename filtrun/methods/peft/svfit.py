@@ -165,10 +165,11 @@ class SVFit(Method):
     directions: str = opt("top", "which directions train: the largest or smallest singular values, or random ones",
                           choices=("top", "bottom", "random"), source="abstract: top")  # fmt: skip
     compute: str = opt("factored", "two thin products beside the layer, or the whole weight anew in every step",
-                       choices=("factored", "merged"))  # fmt: skip
+                       choices=("factored", "merged"), source="an addition: both compute the same")  # fmt: skip
     targets: Any = opt("all", "layers to adapt: all, linear, conv, attention, a name, the end of one, a regular "
                        "expression, or a list of these", source="LoRA's: query and value")  # fmt: skip
-    head: bool = opt(True, "train the classification head itself instead of adapting it, as PEFT protocols do")
+    head: bool = opt(True, "train the classification head itself instead of adapting it, as PEFT protocols do",
+                     source="VPT code")  # fmt: skip
 
     trains: ClassVar = "part"
     paper: ClassVar[str] = "SVFit, arXiv 2409.05926 (2024)"
