@@ -46,6 +46,13 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
+def _clash(one: str, two: str) -> bool:
+    """Whether two methods may not have these roles (see `Run.claim`) for one tensor."""
+    both = {one, two}
+    # what is added where a mask has zeros trains with the network and is cut off in the end
+    return "change" in both or both <= {"mask", "entries"} or both == {"merge", "entries"}
+
+
 @dataclass
 class Run:
     """One training, as the hooks of methods and callbacks see it.
@@ -117,15 +124,16 @@ class Run:
     def claim(self, method: Method, parameters: Iterable[nn.Parameter], role: str = "change") -> None:
         """Say what `method` does with these base tensors; UserError names both methods when two do not go together.
 
-        Roles: ``"change"``: it alone decides how they change; ``"mask"``: it alone says which entries count;
-        ``"merge"``: it leaves them as they are until its `finish` adds to them or scales them. Several may merge into a
-        tensor, masked or not; nobody else may touch one that somebody changes.
+        Roles: ``"change"``: it alone decides how they change; ``"mask"``: it alone says which channels are taken out;
+        ``"entries"``: it alone says which entries are zero in the end; ``"merge"``: it leaves them as they are until
+        its `finish` adds to them; ``"scale"``: until it scales them. Several may merge into or scale a tensor. Nobody
+        may add to one whose zeros another promises, nor touch one that somebody changes.
         """
         names = {id(p): name for name, p in self.weights.items()}
         for parameter in parameters:
             roles = self._claims.setdefault(id(parameter), {})
             for other, has in roles.items():
-                if other != method.slug and ("change" in (role, has) or role == has == "mask"):
+                if other != method.slug and _clash(role, has):
                     raise UserError(
                         f"method={method.slug} and method={other} both claim the tensor "
                         f"{names.get(id(parameter), '?')!r}; use one of them, or choose other layers for one"

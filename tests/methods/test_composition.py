@@ -173,6 +173,27 @@ def test_two_methods_that_claim_a_tensor_are_refused_by_both_names(tmp_path: Pat
         BenchRun("[nm_progressive,iss_p]", [*VIT, "method.nm_progressive.pattern='2:4'"], tmp_path).fresh()
 
 
+@pytest.mark.parametrize("peft", ["lora", "snell", "flora", "svfit", "spt"])
+@pytest.mark.parametrize("mask", ["nm_progressive", "iss_p"])
+def test_nothing_is_added_where_a_mask_promises_zeros(peft: str, mask: str, tmp_path: Path) -> None:
+    """The network would train with entries that the mask cuts off in the end."""
+    for first, second in ((peft, mask), (mask, peft)):
+        with pytest.raises(UserError, match=r"^method=\w+ and method=\w+ both claim the tensor '.+weight'") as error:
+            BenchRun(f"[{first},{second}]", VIT, tmp_path).fresh()
+        assert f"method={peft} " in str(error.value) and f"method={mask} " in str(error.value)
+
+
+@pytest.mark.parametrize("names", ["[ssf,iss_p]", "[snip,ssf]"])
+def test_scaling_keeps_the_zeros_of_a_mask(names: str, tmp_path: Path) -> None:
+    run = BenchRun(names, [*VIT, *(["method.snip.granularity=weight"] if "snip" in names else [])], tmp_path).trained(
+        steps=6
+    )
+    before = probe(run)
+    run.each_reversed("finish")
+    assert (probe(run) - before).abs().max() < 1e-5
+    assert (run.model.get_parameter("blocks.0.mlp.fc1.weight") == 0).float().mean() > 0.5
+
+
 def test_only_those_that_plan_phases_are_named(tmp_path: Path) -> None:
     """A method beside the two that has no plan is not blamed."""
     run = BenchRun("[lora,masksparsity]", RESNET, tmp_path).fresh()

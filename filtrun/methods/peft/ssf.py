@@ -233,7 +233,7 @@ class SSF(Method):
         layers = self.layers(run.model, run.task.head(run.model) if self.head else (), run.weights)
         self._insert(layers)
         base = {id(p) for p in run.weights.values()}
-        run.claim(self, [p for m in layers.values() for p in m.parameters() if id(p) in base], "merge")
+        run.claim(self, [p for m in layers.values() for p in m.parameters() if id(p) in base], "scale")
         if self.head:
             train_head(run)
 

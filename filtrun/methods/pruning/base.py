@@ -55,10 +55,14 @@ class Pruning(Method):
         removal.apply(model)
         self.removals.append(removal)
 
-    def claim_channels(self, run: Run, groups: Iterable[Group]) -> None:
-        """Say that this method decides which channels of these groups stay (before the model is edited)."""
+    def claim_channels(self, run: Run, groups: Iterable[Group], slim: bool = True) -> None:
+        """Say that this method decides which channels of these groups stay (before the model is edited).
+
+        `slim`: whether the others are taken out; else they become zero and nobody may add to them.
+        """
         layers = {part.layer for group in groups for part in group.parts}
-        run.claim(self, [p for name in layers for p in run.model.get_submodule(name).parameters(recurse=False)], "mask")
+        run.claim(self, [p for name in layers for p in run.model.get_submodule(name).parameters(recurse=False)],
+                  "mask" if slim else "entries")  # fmt: skip
 
     def judge(self, run: Run) -> None:
         """Note what the model is worth right after pruning, where that is quick: metrics ``pruned/NAME``."""

@@ -149,10 +149,10 @@ class ScorePruning(Pruning):
         super().prepare(run)
         if self.granularity == "weight":
             self.prunable = prunable_weights(run.model, self.ignore)
-            run.claim(self, self.prunable.values(), "mask")
+            run.claim(self, self.prunable.values(), "entries")
         else:
             args, kwargs = example_inputs(run)
-            self.claim_channels(run, Channels(run.model, *args, kwargs=kwargs, ignore=self.ignore).groups)
+            self.claim_channels(run, Channels(run.model, *args, kwargs=kwargs, ignore=self.ignore).groups, self.slim)
 
     def phases(self, run: Run) -> list[Phase] | None:
         total = total_steps(run)

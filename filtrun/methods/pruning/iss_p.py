@@ -112,7 +112,7 @@ class ISSP(Pruning):
     def prepare(self, run: Run) -> None:
         super().prepare(run)
         self.attach(run.model)
-        run.claim(self, self.prunable.values(), "mask")
+        run.claim(self, self.prunable.values(), "entries")
 
     def phases(self, run: Run) -> list[Phase] | None:
         total = total_steps(run)

@@ -145,7 +145,7 @@ class NMProgressive(Pruning):
     # -- hooks -------------------------------------------------------------------------------------------------------
     def edit_model(self, run: Run) -> None:
         self.attach(run.model, run.weights)
-        run.claim(self, [w for _, m, _, _ in self.parts if (w := base_tensor(m, "weight")) is not None], "mask")
+        run.claim(self, [w for _, m, _, _ in self.parts if (w := base_tensor(m, "weight")) is not None], "entries")
         self.place(0, total_steps(run))
 
     def after_backward(self, run: Run) -> None:

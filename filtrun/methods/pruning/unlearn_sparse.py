@@ -114,7 +114,7 @@ class UnlearnSparse(Pruning):
             convs = tickets.conv_weights(run.model)
             if not convs:
                 raise Unfit(f"method.{self.slug}.prune={self.prune} prunes Conv2d layers, and this model has none")
-            run.claim(self, convs.values(), "mask")
+            run.claim(self, convs.values(), "entries")
 
     def _check(self, run: Run) -> None:
         me, wanted = f"method.{self.slug}", "source" if self.forget == "class" else "all"
