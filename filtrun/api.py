@@ -39,10 +39,19 @@ def with_default_model(overrides: Sequence[str]) -> list[str]:
     """Add the choices that go without saying.
 
     A task named without a model gets its usual one (``task=classify`` means ``model=resnet20``); a model that starts
-    from nothing and is named without a method is trained in full (``model=espcn`` means ``method=full``).
+    from nothing and is named without a method is trained in full (``model=espcn`` means ``method=full``). Training
+    options of the base may be set (``pretrain.steps=600``) whether or not a recipe has set them before.
     """
-    from filtrun.catalogue import entries
+    from filtrun.catalogue import conf_dir, entries
 
+    if any(o.startswith("pretrain.") for o in overrides):
+        from filtrun.config_file import read_yaml
+
+        known = read_yaml(conf_dir() / "trainer" / "default.yaml")
+        overrides = [
+            f"++{o}" if o.startswith("pretrain.") and o.partition("=")[0][len("pretrain.") :] in known else o
+            for o in overrides
+        ]
     chosen = {name for name, sign, _ in (o.partition("=") for o in overrides) if sign}
     tasks = [o.partition("=")[2] for o in overrides if o.startswith("task=")]
     if tasks and "model" not in chosen and not any(o.startswith("method=") for o in overrides):

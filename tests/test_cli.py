@@ -117,6 +117,10 @@ def test_a_run_from_python_returns_its_record(
     config, choices, folder = filtrun.compose(*words, "method=full", "hydra.run.dir=here")
     assert (choices["method"], choices["data"], folder) == ("full", "digits", Path("here"))
     assert config["trainer"]["steps"] == 4 and "hydra" not in config
+    config, *_ = filtrun.compose("data=fashion_mnist", "scale=paper", "pretrain.steps=70", "pretrain.ema=0.5")
+    assert (config["pretrain"]["steps"], config["pretrain"]["ema"]) == (70, 0.5)  # which no recipe had set
+    with pytest.raises(UserError, match="pretrain.stepz"):
+        filtrun.compose("pretrain.stepz=70")
     with pytest.raises(RunFailure, match="the loss became nan"):
         filtrun.run(*words, "method=full", "model.base=scratch", "trainer.lr=1e30", "hydra.run.dir=nan")
     assert filtrun.run is not None and callable(filtrun.run)  # no module of the package hides it
