@@ -17,6 +17,16 @@ MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "res
 MACHINE_OPTIONS = ("devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate")
 """Trainer options that change how training runs and not what it computes: they are in no key."""
 
+LATER_OPTIONS: dict[str, Any] = {
+    "trainer.others": "adamw",
+    "trainer.matrix_momentum": 0.95,
+    "trainer.matrix_steps": None,
+    "trainer.matrix_scale": "adamw",
+    "trainer.matrix_rescale": False,
+}
+"""Options that are younger than the first records: where they have these defaults, which compute what was computed
+without them, they are in no key, so that finished cells keep their names. ``pretrain`` is a trainer, too."""
+
 ANY_FILES = (
     "filtrun.data.folder.Folder",
     "filtrun.data.images_folder.ImagesFolder",
@@ -34,11 +44,24 @@ def content(config: Mapping[str, Any]) -> dict[str, Any]:
     for part in ("trainer", "pretrain"):
         if isinstance(kept.get(part), dict):
             kept[part] = {k: v for k, v in kept[part].items() if k not in MACHINE_OPTIONS or k == "evaluate"}
+    kept = without_later(kept)
     data = kept.get("data")
     if isinstance(data, dict):
         target = str(data.get("_target_", ""))
         if target.startswith("filtrun.") and target not in ANY_FILES:
             kept["data"] = {k: v for k, v in data.items() if k != "root"}
+    return kept
+
+
+def without_later(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without those of `LATER_OPTIONS` that have their default; the one given is left as it is."""
+    kept = dict(config)
+    for name, default in LATER_OPTIONS.items():
+        part, _, key = name.partition(".")
+        for node in (part, "pretrain") if part == "trainer" else (part,):
+            options = kept.get(node)
+            if isinstance(options, Mapping) and key in options and options[key] == default:
+                kept[node] = {k: v for k, v in options.items() if k != key}
     return kept
 
 

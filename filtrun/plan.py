@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from filtrun.build import build, resolve, typed
-from filtrun.cells import MACHINE_KEYS, MACHINE_OPTIONS
+from filtrun.cells import MACHINE_KEYS, MACHINE_OPTIONS, without_later
 from filtrun.errors import UserError, unknown
 from filtrun.loggers import Logger
 from filtrun.method import Method
@@ -83,7 +83,7 @@ class Plan:
             config["data"].pop(place, None)
         model = resolve(self.config["model"]["_target_"], self.trust)
         code = code_version(model, self.task, *self.methods) | {runner.__name__: module_version(runner.__name__)}
-        return digest({"config": config, "data": self.data.fingerprint(), "code": code})
+        return digest({"config": without_later(config), "data": self.data.fingerprint(), "code": code})
 
 
 def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = None) -> Plan:

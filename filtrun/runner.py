@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from filtrun.callbacks import Hold
 from filtrun.context import Run, mix_seed, seed_generators
 from filtrun.errors import UserError
-from filtrun.trainer import Phase, grouped, lr_factor, make_optimizer
+from filtrun.trainer import MATRIX_RULES, Phase, grouped, lr_factor, make_optimizer
 
 
 def edit(run: Run) -> None:
@@ -53,13 +54,23 @@ def _groups(run: Run) -> list[dict[str, Any]]:
     return grouped((p for p in run.model.parameters() if p.requires_grad), own, asks() if callable(asks) else ())
 
 
+def _no_matrices(run: Run) -> list[Tensor]:
+    """Two-dimensional parameters whose rows are entries of a table or classes: rules for matrices leave them alone."""
+    if run.trainer.optimizer not in MATRIX_RULES:
+        return []
+    tables = [m.weight for m in run.model.modules() if isinstance(m, nn.Embedding)]
+    with contextlib.suppress(UserError):  # a model without a head to be found
+        tables += run.task.head(run.model)
+    return tables
+
+
 def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
     """A new optimizer over `groups`, and Fabric's wrapping; no optimizer when nothing trains."""
     if run.trainer.channels_last:
         run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run.net = run.optimizer = None  # an old wrapper must not outlive the tensors it was made for
     if groups:
-        run.net, run.optimizer = run.fabric.setup(run.model, make_optimizer(run.trainer, groups))
+        run.net, run.optimizer = run.fabric.setup(run.model, make_optimizer(run.trainer, groups, _no_matrices(run)))
     else:
         run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
 

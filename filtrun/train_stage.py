@@ -11,7 +11,7 @@ from torch import nn
 
 from filtrun import runner
 from filtrun.callbacks import Ema, Log
-from filtrun.cells import MACHINE_OPTIONS
+from filtrun.cells import MACHINE_OPTIONS, without_later
 from filtrun.code_version import code_version, module_version
 from filtrun.context import Run, seed_generators
 from filtrun.loggers import Loggers
@@ -24,7 +24,8 @@ from filtrun.trainer import Trainer
 
 def trainer_key(trainer: Trainer) -> dict[str, Any]:
     """The options of a trainer that change its result."""
-    return {name: value for name, value in dataclasses.asdict(trainer).items() if name not in MACHINE_OPTIONS}
+    options = without_later({"trainer": dataclasses.asdict(trainer)})["trainer"]
+    return {name: value for name, value in options.items() if name not in MACHINE_OPTIONS}
 
 
 def train_stage(

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from filtrun.errors import UserError
+from filtrun.optimizers import SCALES, AuON, Muon, Together
 from filtrun.options import opt
+
+MATRIX_RULES = {"muon": Muon, "auon": AuON}
+"""Optimizers of weight matrices; everything else is updated by ``trainer.others``."""
 
 
 @dataclass
@@ -22,12 +26,21 @@ class Trainer:
     batch_size: int = opt(64, "images per optimizer step, over all processes and accumulation", low=1)
     accumulate: int = opt(1, "micro-batches one step's batch is cut into, to save memory", low=1)
     lr: float = opt(1e-3, "peak learning rate", low=0)
-    weight_decay: float = opt(0.01, "decoupled weight decay (adamw), or L2 (sgd)", low=0)
-    optimizer: str = opt("adamw", "update rule", choices=("adamw", "adam", "sgd"))
+    weight_decay: float = opt(0.01, "decoupled weight decay (adamw, muon, auon), or L2 (adam, sgd)", low=0)
+    optimizer: str = opt("adamw", "update rule", choices=("adamw", "adam", "sgd", "muon", "auon"))
     betas: list[float] = opt([0.9, 0.999], "moment decay of adam and adamw")
     eps: float = opt(1e-8, "term in the denominator of adam and adamw", low=0)
     momentum: float = opt(0.9, "momentum of sgd", low=0, high=1)
     nesterov: bool = opt(True, "Nesterov momentum for sgd")
+    others: str = opt("adamw", "muon, auon: rule for vectors, embeddings and the head", choices=("adamw", "sgd"))
+    matrix_momentum: float = opt(0.95, "muon, auon: Nesterov momentum", low=0, high=1)
+    matrix_steps: int | None = opt(
+        None, "Newton-Schulz steps of an update; null: 5 for muon, 0 for auon; 1: Hybrid-AuON", low=0, high=20
+    )
+    matrix_scale: str = opt(
+        "adamw", "muon, auon: steps as large as AdamW's at the same lr, or the papers' own (lr 0.02)", choices=SCALES
+    )
+    matrix_rescale: bool = opt(False, "muon, auon: bring each matrix to the norm sqrt(rows) before its step")
     schedule: str = opt("cosine", "learning rate after warm-up", choices=("constant", "cosine", "linear"))
     warmup: int = opt(0, "steps of linear warm-up", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0 for no clipping", low=0)
@@ -79,24 +92,64 @@ class Phase:
     warmup: int | None = None
 
 
-def make_optimizer(trainer: Trainer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer over `groups`; each remembers its peak learning rate as ``base_lr``."""
+def make_optimizer(
+    trainer: Trainer, groups: list[dict[str, Any]], apart: Iterable[torch.Tensor] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer over `groups`; each remembers its peak learning rate as ``base_lr``.
+
+    With muon or auon a group is split into its matrices and the rest; `apart` are matrices that count as the rest, and
+    so do those of a group with ``rule="others"``.
+    """
     for group in groups:
         group.setdefault("lr", trainer.lr * group.get("lr_factor", 1.0))
         group.setdefault("weight_decay", trainer.weight_decay)
-    if trainer.optimizer == "sgd":
-        nesterov = trainer.nesterov and trainer.momentum > 0
-        made: torch.optim.Optimizer = torch.optim.SGD(
-            groups, lr=trainer.lr, momentum=trainer.momentum, nesterov=nesterov
-        )
+    rule = MATRIX_RULES.get(trainer.optimizer)
+    if rule is None:
+        made = _elementwise(trainer, trainer.optimizer, groups)
     else:
-        kind = torch.optim.AdamW if trainer.optimizer == "adamw" else torch.optim.Adam
-        betas = (trainer.betas[0], trainer.betas[1])
-        # the fused kernel updates all tensors in one go; torch's own loop costs more than a tiny model's forward
-        made = kind(groups, lr=trainer.lr, betas=betas, eps=trainer.eps, fused=True)
+        groups = _split(groups, {id(p) for p in apart})
+        if not any(group["rule"] == "matrix" for group in groups):
+            raise UserError(
+                f"trainer.optimizer={trainer.optimizer} updates matrices, and none trains here; use {trainer.others}"
+            )
+
+        def matrices(part: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return rule(
+                part, trainer.lr, momentum=trainer.matrix_momentum, steps=trainer.matrix_steps,
+                scale=trainer.matrix_scale, rescale=trainer.matrix_rescale,
+            )  # fmt: skip
+
+        rules = {"matrix": matrices, "others": lambda part: _elementwise(trainer, trainer.others, part)}
+        made = Together(groups, {name: rules[name] for name in dict.fromkeys(group["rule"] for group in groups)})
     for group in made.param_groups:
         group["base_lr"] = group["lr"]
     return made
+
+
+def _elementwise(trainer: Trainer, name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if name == "sgd":
+        nesterov = trainer.nesterov and trainer.momentum > 0
+        return torch.optim.SGD(groups, lr=trainer.lr, momentum=trainer.momentum, nesterov=nesterov)
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    betas = (trainer.betas[0], trainer.betas[1])
+    # the fused kernel updates all tensors in one go; torch's own loop costs more than a tiny model's forward
+    return kind(groups, lr=trainer.lr, betas=betas, eps=trainer.eps, fused=True)
+
+
+def _split(groups: list[dict[str, Any]], apart: set[int]) -> list[dict[str, Any]]:
+    """Each group as its matrices (``rule="matrix"``) and the rest (``rule="others"``); a vector as a matrix is none."""
+
+    def is_matrix(group: dict[str, Any], p: torch.nn.Parameter) -> bool:
+        matrix = p.ndim >= 2 and len(p) > 1 and p.numel() > len(p)
+        return matrix and group.get("rule") != "others" and id(p) not in apart
+
+    found = []
+    for group in groups:
+        for name in ("matrix", "others"):
+            params = [p for p in group["params"] if is_matrix(group, p) == (name == "matrix")]
+            if params:
+                found.append({**group, "params": params, "rule": name})
+    return found
 
 
 def lr_factor(trainer: Trainer, step: int, total: int, schedule: str | None = None, warmup: int | None = None) -> float:

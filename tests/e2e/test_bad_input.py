@@ -48,7 +48,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["trainer.steps=2.5"], ["trainer.steps=2.5 must be a whole number or null"]),
     (["trainer.lr=-1"], ["trainer.lr=-1.0 is out of range; allowed is [0, inf]"]),
     (["trainer.lr=nan"], ["trainer.lr=nan is out of range"]),
-    (["trainer.optimizer=adamm"], ["choose from adamw, adam, sgd; did you mean 'adam'?"]),
+    (["trainer.optimizer=adamm"], ["choose from adamw, adam, sgd, muon, auon; did you mean 'adam'?"]),
     (["trainer.precision=64"], ["trainer.precision=64 is not allowed; choose from 32, bf16, 16"]),
     (["trainer.precision=16"], ["trainer.precision=16 needs a CUDA device; use bf16 or 32 on a CPU"]),
     (["trainer.epochs=2"], ["set exactly one of trainer.steps=4 and trainer.epochs=2.0"]),

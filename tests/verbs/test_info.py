@@ -63,7 +63,7 @@ def test_a_data_set_a_task_and_the_trainer(capsys):
     (task,) = told(capsys, "diffuse")
     assert task["metrics"]["fid"]["better"] == "lower" and list(task["metrics"])[0] == "fid"
     (trainer,) = told(capsys, "trainer")
-    assert option(trainer, "trainer.optimizer")["allowed"] == "adamw, adam, sgd"
+    assert option(trainer, "trainer.optimizer")["allowed"] == "adamw, adam, sgd, muon, auon"
     assert option(trainer, "trainer.momentum")["allowed"] == "0 to 1"
 
 
