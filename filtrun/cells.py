@@ -14,7 +14,9 @@ from filtrun.stages import digest
 MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust")
 """Keys that do not change what a run computes."""
 
-MACHINE_OPTIONS = ("devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate")
+MACHINE_OPTIONS = (
+    "devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate", "evaluations",
+)  # fmt: skip
 """Trainer options that change how training runs and not what it computes: they are in no key."""
 
 LATER_OPTIONS: dict[str, Any] = {

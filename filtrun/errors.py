@@ -30,6 +30,10 @@ class Interrupted(RunFailure):
     """Ctrl-C, or a scheduler that ends the job: the run can go on later."""
 
 
+class Stopped(RunFailure):
+    """A search has seen enough of the run: its intermediate results are worse than those of others."""
+
+
 def closest(word: object, options: Iterable[object]) -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to `word`, else an empty string."""
     names = {str(option).casefold(): str(option) for option in sorted(options, key=str)}

@@ -23,8 +23,10 @@ from filtrun.cost import (
     saved_for_backward,
 )  # fmt: skip
 from filtrun.delta import save_delta
+from filtrun.errors import Stopped
 from filtrun.loggers import JsonLines, Loggers
 from filtrun.method import Method, count
+from filtrun.midway import Midway
 from filtrun.plan import Plan
 from filtrun.record import Record
 from filtrun.stages import Stages, file_sha256
@@ -85,6 +87,8 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
     log = Log(plan.trainer.log_every, loggers, run.bar)
     ema = Ema(plan.trainer.ema) if plan.trainer.ema else None
     run.callbacks = [log, *([ema] if ema else []), Checkpoints(plan.trainer.checkpoint_every)]
+    if plan.trainer.evaluations:
+        run.callbacks.insert(-1, Midway(plan.trainer.evaluations, log, loggers))
     run.train_split = run.data.split("train", plan.which)
     runner.edit(run)
     trainable = count(p for p in run.model.parameters() if p.requires_grad)
@@ -98,7 +102,13 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
         loggers.rewind(run.step)  # without a checkpoint, to the start: all of it will be logged again
         log.last = run.step
     reset_peak_memory(run.device)
-    runner.fit(run)
+    try:
+        runner.fit(run)
+    except Stopped:  # for good, most likely: its checkpoints would only take room
+        record.cost |= {"steps": run.step, "train_seconds": log.seconds}
+        if run.fabric.global_rank == 0:
+            drop_checkpoints(run.dir)
+        raise
     record.report = {m.slug: found for m in run.methods if (found := m.report(run))}
     own = [r["trainable_params"] for r in record.report.values() if "trainable_params" in r]  # not all it stores trains
     record.cost |= {

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filtrun.errors import Busy, Interrupted, RunFailure, UserError
+from filtrun.errors import Busy, Interrupted, RunFailure, Stopped, UserError
 from filtrun.record import FILE, Record
 
 log = logging.getLogger("filtrun")
@@ -79,7 +79,7 @@ def execute(
         failure = explain(error, folder)
         log.error("%s\n%s", failure, traceback.format_exc())
         if owned:
-            record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            record.status = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
             record.error = str(failure)
             try:
                 record.write()

@@ -53,6 +53,7 @@ class Trainer:
     log_every: int = opt(20, "steps between log lines", low=1)
     checkpoint_every: int = opt(200, "steps between checkpoints; 0 for none", low=0)
     evaluate: bool = opt(True, "evaluate before and after training")
+    evaluations: int = opt(0, "evaluations while training, spread evenly; logged as tuned/NAME", low=0)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

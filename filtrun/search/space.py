@@ -86,6 +86,11 @@ def _dimension(key: str, kind: str, inside: str) -> Dimension:
     return Dimension(key, kind, tuple(bounds))
 
 
+def written(key: str, kind: str, values: Sequence[Any]) -> str:
+    """A dimension as it is given on the command line: ``trainer.lr=log(0.0001,0.1)``."""
+    return f"{key}={kind}({','.join(map(str, values))})"
+
+
 def overrides(params: dict[str, Any]) -> list[str]:
     """The words that set these values."""
     return [f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()]

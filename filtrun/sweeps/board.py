@@ -14,10 +14,14 @@ from filtrun.sweep import Job
 
 FOLDER = ".sweeps"
 LIST = "cells.json"
+OPEN = "open"
 
 
 class Board:
-    """A folder below the sweep's: ``cells.json``, ``at/WORKER`` and ``ended/NUMBER``, each written in one piece."""
+    """A folder below the sweep's: ``cells.json``, ``at/WORKER`` and ``ended/NUMBER``, each written in one piece.
+
+    While it is `open`, cells may be added: each lot is a file ``cells-N.json``, N the number of its first cell.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,23 +31,38 @@ class Board:
         """Write the list of cells."""
         for name in ("at", "ended"):
             (folder / name).mkdir(parents=True)
-        cells = [
-            {
-                "label": job.label,
-                "overrides": list(job.overrides),
-                "config": job.config,
-                "choices": job.choices,
-                "folder": str(job.folder.absolute()),
-            }
-            for job in jobs
-        ]
-        _write(folder / LIST, cells)
+        _write(folder / LIST, _cells(jobs))
         return cls(folder)
 
     def jobs(self) -> list[Job]:
-        """The cells in the order they are to be begun."""
-        cells = json.loads((self.folder / LIST).read_text(encoding="utf-8"))
-        return [Job(c["label"], tuple(c["overrides"]), c["config"], c["choices"], Path(c["folder"])) for c in cells]
+        """The cells in the order they are to be begun: those the sweep began with."""
+        return _jobs(self.folder / LIST)
+
+    def keep_open(self) -> None:
+        """Cells may be added: workers stay when all have ended. For good: who made the board ends them."""
+        (self.folder / OPEN).touch()
+
+    def is_open(self) -> bool:
+        """Whether cells may be added."""
+        return (self.folder / OPEN).exists()
+
+    def add(self, first: int, jobs: Sequence[Job]) -> None:
+        """More cells, numbered from `first`: how many there are already."""
+        _write(self._lot(first), _cells(jobs))
+
+    def has(self, first: int) -> bool:
+        """Whether cells were added since there were `first`."""
+        return self._lot(first).exists()
+
+    def added(self, first: int) -> list[Job]:
+        """The cells that were added since there were `first`."""
+        found: list[Job] = []
+        while (lot := self._lot(first + len(found))).exists():
+            found += _jobs(lot)
+        return found
+
+    def _lot(self, first: int) -> Path:
+        return self.folder / f"cells-{first}.json"
 
     def since(self) -> float:
         """When the sweep began, by the clock of the file system."""
@@ -78,6 +97,24 @@ class Board:
     def remove(self) -> None:
         """Take the board away; records and checkpoints lie elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _cells(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": job.label,
+            "overrides": list(job.overrides),
+            "config": job.config,
+            "choices": job.choices,
+            "folder": str(job.folder.absolute()),
+        }
+        for job in jobs
+    ]
+
+
+def _jobs(path: Path) -> list[Job]:
+    cells = json.loads(path.read_text(encoding="utf-8"))
+    return [Job(c["label"], tuple(c["overrides"]), c["config"], c["choices"], Path(c["folder"])) for c in cells]
 
 
 def _write(path: Path, value: Any) -> None:

@@ -5,11 +5,13 @@ It ends when no cell is left, or when its standard input does: whoever started i
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,39 @@ from filtrun.record import FILE, Record
 from filtrun.sweep import POLL, Job, run_job
 from filtrun.sweeps.board import Board
 
+LOOK = 0.05
+"""Seconds between two looks for cells that were added."""
+
 PATIENCE = 20.0
 """Seconds a worker has to write down that it was stopped, before it is ended."""
 
 
 def work(board: Board, name: str) -> None:
-    """Run what no other process is at, until every cell has ended. Raises KeyboardInterrupt when it is stopped."""
-    jobs, since = board.jobs(), board.since()
+    """Run what no other process is at, until every cell has ended. Raises KeyboardInterrupt when it is stopped.
+
+    While the board is open it waits for more cells.
+    """
+    jobs, since, is_open = board.jobs(), board.since(), board.is_open()
     left = list(range(len(jobs)))
-    while left:
+    while left or is_open:
         busy = []
         for number in left:
             if not board.ended(number) and not _cell(board, name, number, jobs[number], since):
                 busy.append(number)
         if len(busy) == len(left):
-            time.sleep(POLL)
+            _wait(functools.partial(board.has, len(jobs)) if is_open else bool)
         left = [number for number in busy if not board.ended(number)]
+        if is_open:
+            more = board.added(len(jobs))
+            left += range(len(jobs), len(jobs) + len(more))
+            jobs += more
+
+
+def _wait(news: Callable[[], bool]) -> None:
+    """Until there may be something to do: `POLL` seconds, or less when there is news."""
+    until = time.monotonic() + POLL
+    while time.monotonic() < until and not news():
+        time.sleep(LOOK)
 
 
 def _cell(board: Board, name: str, number: int, job: Job, since: float) -> bool:
