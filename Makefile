@@ -33,7 +33,9 @@ lint: .venv/.extras
 bench: .venv/.extras
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.loop_overhead
+	$(BIN)/python -m bench.augment
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.lut
 	$(BIN)/python -m bench.sweep_overhead
+	$(BIN)/python -m bench.grid
 	$(BIN)/python -m bench.records

@@ -25,6 +25,12 @@ LATER_OPTIONS: dict[str, Any] = {
     "trainer.matrix_steps": None,
     "trainer.matrix_scale": "adamw",
     "trainer.matrix_rescale": False,
+    "data.crop_padding": "reflect",
+    "data.alternate_flip": False,
+    "data.brightness": 0.0,
+    "data.contrast": 0.0,
+    "data.saturation": 0.0,
+    "data.hue": 0.0,
 }
 """Options that are younger than the first records: where they have these defaults, which compute what was computed
 without them, they are in no key, so that finished cells keep their names. ``pretrain`` is a trainer, too."""

@@ -95,6 +95,7 @@ class Run:
     measured: dict[str, float] = field(default_factory=dict)
     bar: Any = None
     _claims: dict[int, dict[str, str]] = field(default_factory=dict)
+    _augmentation: tuple[tuple[int, int], Callable[..., Tensor] | None] | None = None
 
     @property
     def claimed(self) -> set[int]:
@@ -200,8 +201,15 @@ class Run:
 
     def augment(self, batch: Batch) -> Batch:
         """The task's training augmentation; drawn after the step was seeded, so that resuming draws the same."""
-        augmentation = self.task.augment(self.data)
-        return batch if augmentation is None else replace(batch, x=augmentation(batch.x))
+        made_for = (id(self.task), id(self.data))
+        if self._augmentation is None or self._augmentation[0] != made_for:  # its options are not to be read every step
+            self._augmentation = made_for, self.task.augment(self.data)
+        augmentation = self._augmentation[1]
+        if augmentation is None:
+            return batch
+        if getattr(augmentation, "alternate", False):
+            return replace(batch, x=augmentation(batch.x, batch.index, self.epoch, self.seed))
+        return replace(batch, x=augmentation(batch.x))
 
     @contextmanager
     def plainly(self) -> Iterator[None]:

@@ -47,6 +47,13 @@ def test_what_it_computes_does(other):
     assert cell_digest(other) != cell_digest(CONFIG)
 
 
+def test_options_that_came_later_are_in_no_key_where_they_change_nothing():
+    later = {"crop_padding": "reflect", "alternate_flip": False, "brightness": 0.0, "hue": 0}
+    assert cell_digest(changed(data=CONFIG["data"] | later)) == cell_digest(CONFIG)
+    for key, value in (("crop_padding", "zero"), ("alternate_flip", True), ("hue", 0.1)):
+        assert cell_digest(changed(data=CONFIG["data"] | later | {key: value})) != cell_digest(CONFIG)
+
+
 def test_a_folder_of_ones_own_is_its_content():
     for target in ("filtrun.data.folder.Folder", "mine.Data"):
         one, two = (changed(data={"_target_": target, "root": root}) for root in ("a", "b"))

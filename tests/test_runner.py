@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from filtrun import runner
 from filtrun.bench_run import BenchRun, losses_of
 from filtrun.context import Run, mix_seed
+from filtrun.data.augment import alternating
 from filtrun.data.loader import epoch_order
 from filtrun.errors import UserError
 from filtrun.method import HOOKS, Method
@@ -390,3 +391,49 @@ def test_a_tensor_has_one_owner(tmp_path: Path) -> None:
     run.claim(one, [run.weights["head.weight"]])  # saying it twice is no quarrel
     with pytest.raises(UserError, match="method=two and method=one both claim the tensor 'head.weight'"):
         run.claim(two, [run.weights["head.weight"]])
+
+
+@dataclass
+class Shown(Method):
+    """Keeps the pictures of every batch as they reach the loss."""
+
+    trains: ClassVar = "all"
+
+    def __post_init__(self) -> None:
+        self.pictures: list[tuple[int, Tensor, Tensor]] = []
+
+    def loss(self, run: Run, batch: Any, loss: Tensor) -> Tensor:
+        self.pictures.append((run.epoch, batch.index, batch.x))
+        return loss
+
+
+def test_augmented_pictures_repeat_and_resume_exactly(tmp_path: Path) -> None:
+    words = ["data.crop_pad=1", "data.flip=true", "data.alternate_flip=true", "data.brightness=0.3"]
+    bench = BenchRun("full", [*VIT, *words], tmp_path)
+
+    def shown(resumed: int = 0, seed: int = 0) -> list[tuple[int, Tensor, Tensor]]:
+        run, method = bench.fresh(edit=False, batch_size=400, steps=6), Shown()
+        run.seed, run.step = seed, resumed
+        fitted(run, method)
+        return method.pictures
+
+    def equal(one: list[tuple[int, Tensor, Tensor]], two: list[tuple[int, Tensor, Tensor]]) -> bool:
+        return all(torch.equal(a[2], b[2]) for a, b in zip(one, two, strict=True))
+
+    pictures = shown()
+    assert [epoch for epoch, _, _ in pictures] == [0, 0, 0, 1, 1, 1]
+    assert equal(shown(), pictures) and equal(shown(resumed=4), pictures[4:])
+    assert not equal(shown(seed=1), pictures)
+
+
+def test_alternating_flips_follow_the_epoch_of_the_run(tmp_path: Path) -> None:
+    bench = BenchRun("full", [*VIT, "data.flip=true", "data.alternate_flip=true"], tmp_path)
+    run, method = bench.fresh(edit=False, batch_size=400, steps=6), Shown()
+    run.seed = 5
+    fitted(run, method)
+    plain = bench.data.split("train", "all")
+    at = {int(i): row for row, i in enumerate(plain.index)}
+    for epoch, index, x in method.pictures:
+        original = plain.batch([at[i] for i in index.tolist()]).x
+        mirrored = alternating(index, epoch, 5)
+        assert torch.equal(x, torch.where(mirrored.view(-1, 1, 1, 1), original.flip(-1), original))

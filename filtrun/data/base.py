@@ -47,6 +47,13 @@ class Data:
     crop_pad: int = opt(0, "training: pad by this many pixels and crop back at a random place", low=0)
     flip: bool = opt(False, "training: mirror every other image left to right")
     cutout: int = opt(0, "training: side of a random grey square", low=0)
+    crop_padding: str = opt("reflect", "training: what crop_pad adds", choices=("reflect", "zero"))
+    alternate_flip: bool = opt(False, "training: flip mirrors the other half of the images in every next epoch",
+                               source="arXiv:2404.00498, 3.6")  # fmt: skip
+    brightness: float = opt(0.0, "training: brightness times a factor uniform in 1 +- this", low=0.0)
+    contrast: float = opt(0.0, "training: contrast times a factor uniform in 1 +- this", low=0.0)
+    saturation: float = opt(0.0, "training: saturation times a factor uniform in 1 +- this", low=0.0)
+    hue: float = opt(0.0, "training: hue turned by up to this part of a circle", low=0.0, high=0.5)
 
     name: ClassVar[str] = "data"
     licence: ClassVar[str] = ""
@@ -118,7 +125,11 @@ class Data:
 
     def augmentation(self) -> Augment | None:
         """The training augmentation the options ask for, or None."""
-        augment = Augment(crop_pad=self.crop_pad, flip=self.flip, cutout=self.cutout)
+        augment = Augment(
+            crop_pad=self.crop_pad, flip=self.flip, cutout=self.cutout, padding=self.crop_padding,
+            alternate=self.flip and self.alternate_flip, brightness=self.brightness, contrast=self.contrast,
+            saturation=self.saturation, hue=self.hue,
+        )  # fmt: skip
         return augment if augment else None
 
     def fingerprint(self) -> str:

@@ -105,6 +105,12 @@ class ImageData(Data):
     val_fraction: ClassVar[float] = 0.0  # type: ignore[misc]
     crop_pad: ClassVar[int] = 0  # type: ignore[misc]
     cutout: ClassVar[int] = 0  # type: ignore[misc]
+    crop_padding: ClassVar[str] = "reflect"  # type: ignore[misc]
+    alternate_flip: ClassVar[bool] = False  # type: ignore[misc]
+    brightness: ClassVar[float] = 0.0  # type: ignore[misc]
+    contrast: ClassVar[float] = 0.0  # type: ignore[misc]
+    saturation: ClassVar[float] = 0.0  # type: ignore[misc]
+    hue: ClassVar[float] = 0.0  # type: ignore[misc]
     classes: ClassVar[Sequence[str]] = ("images",)
     paired: ClassVar[bool] = False
     ratio: ClassVar[int] = 1

@@ -74,7 +74,7 @@ class Diffuse(Task):
 
     def augment(self, data: Data) -> Augment | None:
         """Flips only: a generator would learn the borders that crops and cut-outs leave in the images."""
-        return Augment(flip=True) if data.flip else None
+        return Augment(flip=True, alternate=data.alternate_flip) if data.flip else None
 
     def denoiser(self, run: Run) -> Denoiser:
         """The run's network as a denoiser in variables x = x0 + sigma * eps."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from filtrun.data.augment import Augment, crop_and_flip, cut_out
+from filtrun.data.augment import Augment, alternating, crop_and_flip, cut_out
 from filtrun.errors import UserError
 
 
@@ -62,6 +62,80 @@ def test_half_are_mirrored_and_offsets_are_uniform():
     middle = Augment(crop_pad=2)(ramp)[:, 0, 4, 4].long().bincount(minlength=9) / 20000
     assert middle[:2].sum() == middle[7:].sum() == 0
     assert torch.allclose(middle[2:7], torch.full((5,), 0.2), atol=0.015)
+
+
+@pytest.mark.parametrize("padding", ["reflect", "zero"])
+def test_crops_and_flips_are_distributed_as_torchvision_s(padding):
+    """Every (row offset, column offset, mirrored) as often as with per-sample transforms: a chi-square test."""
+    from scipy.stats import chi2_contingency
+
+    from filtrun.compat import torchvision
+
+    torchvision()
+    from torchvision.transforms import v2
+
+    torch.manual_seed(0)
+    image = torch.arange(64.0).view(1, 8, 8) + 1  # every view of it is another picture
+    theirs = v2.Compose([
+        v2.RandomCrop(8, 2, padding_mode="reflect" if padding == "reflect" else "constant"), v2.RandomHorizontalFlip()
+    ])  # fmt: skip
+    count = 6000
+    slow = torch.stack([theirs(image) for _ in range(count)])
+    fast = Augment(crop_pad=2, flip=True, padding=padding)(image.expand(count, 1, 8, 8))
+    kinds, which = torch.cat([slow, fast]).flatten(1).unique(dim=0, return_inverse=True)
+    assert len(kinds) == 5 * 5 * 2
+    counts = torch.stack([part.bincount(minlength=len(kinds)) for part in which.split(count)])
+    assert counts.min() > 60
+    assert chi2_contingency(counts.numpy()).pvalue > 1e-3
+
+
+def test_alternating_flips_show_both_sides_in_every_two_epochs():
+    index = torch.randperm(5000)
+    first = alternating(index, 0, seed=3)
+    assert abs(first.float().mean().item() - 0.5) < 0.02
+    assert torch.equal(alternating(index, 1, seed=3), ~first) and torch.equal(alternating(index, 2, seed=3), first)
+    assert 0.45 < (alternating(index, 0, seed=4) == first).float().mean() < 0.55  # another seed, another half
+    order = index.argsort()
+    runs = first[order].int().diff().abs().float().mean()  # neighbours agree as often as not
+    assert 0.47 < runs < 0.53
+    some = torch.randperm(5000)[:100]
+    assert torch.equal(alternating(index[some], 0, seed=3), first[some])  # whatever batch an image is in
+
+
+def splitmix64(index, seed):
+    """The hash with Python's integers."""
+    mask = (1 << 64) - 1
+    z = (index + 0x9E3779B97F4A7C15 * (seed + 1)) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z >> 31 & 1
+
+
+def test_the_hash_is_splitmix64():
+    index = torch.cat([torch.arange(200), torch.tensor([2**31, 2**40 + 7])])
+    for seed in (0, 1, 12345, 2**62):
+        expected = [bool(splitmix64(i, seed)) for i in index.tolist()]
+        assert alternating(index, 0, seed).tolist() == expected
+
+
+def test_alternating_augmentation_mirrors_by_index_and_draws_nothing():
+    x, index = torch.rand(50, 3, 4, 4), torch.randperm(50)
+    augment = Augment(flip=True, alternate=True)
+    state = torch.get_rng_state()
+    for epoch in (0, 1):
+        mirrored = alternating(index, epoch, 9).tolist()
+        expected = torch.stack([image.flip(-1) if m else image for image, m in zip(x, mirrored, strict=True)])
+        assert torch.equal(augment(x, index, epoch, 9), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="index"):
+        augment(x)
+
+
+def test_options_that_came_later_are_told_only_where_they_are_set():
+    """Keys of cached bases are made of it."""
+    told = "Augment(crop_pad=4, flip=True, cutout=0, padding='reflect', cutout_fill=0.5"
+    assert repr(Augment(crop_pad=4, flip=True)) == told + ")"
+    assert repr(Augment(crop_pad=4, flip=True, alternate=True, hue=0.1)) == told + ", alternate=True, hue=0.1)"
 
 
 def test_images_of_a_batch_get_their_own_draws():
