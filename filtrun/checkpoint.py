@@ -14,6 +14,7 @@ from filtrun import runner
 from filtrun.errors import UserError
 from filtrun.method import Method
 from filtrun.pack import load_tree, save_tree
+from filtrun.stopping import stop_asked
 
 if TYPE_CHECKING:
     from filtrun.context import Run
@@ -81,19 +82,23 @@ def drop_checkpoints(folder: Path) -> None:
 class Checkpoints(Method):
     """Callback that writes a checkpoint every `every` steps, when all other hooks of the step are through.
 
-    It must be the last callback: after the one that checks for NaN.
+    It must be the last callback: after the one that checks for NaN. A signal to stop is obeyed here, after a checkpoint
+    of its own (none where `every` is 0), by KeyboardInterrupt.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
 
     def _due(self, run: Run) -> bool:
-        return bool(self.every) and run.step % self.every == 0 and run.fabric.global_rank == 0
+        due = run.step % self.every == 0 or stop_asked() if self.every else False
+        return due and run.fabric.global_rank == 0
 
     def after_step(self, run: Run) -> None:
-        if self._due(run) and not run.ends_epoch:
-            save_checkpoint(run)
+        if not run.ends_epoch:
+            self.after_epoch(run)
 
     def after_epoch(self, run: Run) -> None:
         if self._due(run):
             save_checkpoint(run)
+        if stop_asked():
+            raise KeyboardInterrupt

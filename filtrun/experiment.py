@@ -30,6 +30,7 @@ from filtrun.midway import Midway
 from filtrun.plan import Plan
 from filtrun.record import Record
 from filtrun.stages import Stages, file_sha256
+from filtrun.stopping import training
 
 
 def new_run(plan: Plan, fabric: Any, folder: Path, bar: Any = None, log: Any = None) -> Run:
@@ -103,7 +104,8 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
         log.last = run.step
     reset_peak_memory(run.device)
     try:
-        runner.fit(run)
+        with training():
+            runner.fit(run)
     except Stopped:  # for good, most likely: its checkpoints would only take room
         record.cost |= {"steps": run.step, "train_seconds": log.seconds}
         if run.fabric.global_rank == 0:

@@ -17,6 +17,7 @@ from typing import Any
 
 from filtrun.errors import Busy, Interrupted, RunFailure, Stopped, UserError
 from filtrun.record import FILE, Record
+from filtrun.stopping import stops_at
 
 log = logging.getLogger("filtrun")
 
@@ -73,7 +74,7 @@ def execute(
         owned = True
         _write_config(folder, config, overrides)
         record.write()
-        with _interruptible():
+        with stops_at([signal.SIGTERM]):
             return _on_devices(plan, config, choices, folder, record, quiet)
     except BaseException as error:
         failure = explain(error, folder)
@@ -226,24 +227,6 @@ def _cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _interruptible:
-    """Treat SIGTERM as Ctrl-C, so that a run stopped by a scheduler leaves a record that says so."""
-
-    def __enter__(self) -> None:
-        try:
-            self.old = signal.signal(signal.SIGTERM, self._stop)
-        except ValueError:  # not the main thread
-            self.old = None
-
-    @staticmethod
-    def _stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    def __exit__(self, *_: Any) -> None:
-        if self.old is not None:
-            signal.signal(signal.SIGTERM, self.old)
 
 
 def explain(error: BaseException, folder: Path) -> BaseException:

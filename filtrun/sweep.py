@@ -105,6 +105,9 @@ def run_jobs(
     Args:
         workers: so many processes at a time, each of which may die hard; None: one after the other in this process.
         fail_fast: stop at the first failure; cells that were not run have no outcome.
+
+    Raises:
+        RunFailure: workers end before they begin a cell.
     """
     if workers is not None and jobs:
         from filtrun.sweeps.pool import Pool

@@ -7,30 +7,37 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filtrun.sweep import Job
+from filtrun.sweeps.claims import Holder, me
 
 FOLDER = ".sweeps"
 LIST = "cells.json"
 OPEN = "open"
+PARENT = "parent.json"
 
 
 class Board:
-    """A folder below the sweep's: ``cells.json``, ``at/WORKER`` and ``ended/NUMBER``, each written in one piece.
+    """A folder below the sweep's, each of its files written in one piece.
 
-    While it is `open`, cells may be added: each lot is a file ``cells-N.json``, N the number of its first cell.
+    ``cells.json`` is the list, ``parent.json`` the process that started the sweep, ``alive/WORKER`` each worker's,
+    ``at/WORKER`` the cell it is at, ``ended/NUMBER`` how a cell ended; ``stop`` tells the workers to end. Who lives
+    touches his file. While it is `open`, cells may be added: each lot is a file ``cells-N.json``, N the number of its
+    first cell.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
-    def make(cls, folder: Path, jobs: Sequence[Job]) -> Board:
-        """Write the list of cells."""
-        for name in ("at", "ended"):
+    def make(cls, folder: Path, jobs: Sequence[Job], detached: bool = False) -> Board:
+        """Write the list of cells. `detached`: the workers go on when this process is gone."""
+        for name in ("at", "ended", "alive"):
             (folder / name).mkdir(parents=True)
+        _write(folder / PARENT, {**asdict(me(folder.name)), "detached": detached})
         _write(folder / LIST, _cells(jobs))
         return cls(folder)
 
@@ -68,6 +75,24 @@ class Board:
         """When the sweep began, by the clock of the file system."""
         return (self.folder / LIST).stat().st_mtime
 
+    def parent(self) -> tuple[Holder, bool] | None:
+        """(who started the sweep, whether its workers go on without it); None when that cannot be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            told = json.loads((self.folder / PARENT).read_text(encoding="utf-8"))
+            detached = bool(told.pop("detached"))
+            return Holder(**told), detached
+        return None
+
+    def join(self, worker: str) -> None:
+        """This process is the worker."""
+        _write(self.folder / "alive" / worker, asdict(me(self.folder.name)))
+
+    def who(self, worker: str) -> Holder | None:
+        """The process that is or was the worker."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Holder(**json.loads((self.folder / "alive" / worker).read_text(encoding="utf-8")))
+        return None
+
     def begin(self, worker: str, number: int) -> None:
         """A worker is at a cell."""
         _write(self.folder / "at" / worker, number)
@@ -93,6 +118,15 @@ class Board:
             (number, json.loads((self.folder / "ended" / str(number)).read_text(encoding="utf-8")))
             for number in sorted(set(map(int, names)) - known)
         ]
+
+    def stop(self) -> None:
+        """Tell the workers to end."""
+        with contextlib.suppress(OSError):
+            (self.folder / "stop").touch()
+
+    def stopped(self) -> bool:
+        """Whether the workers are to end: they were told, or the board is gone."""
+        return (self.folder / "stop").exists() or not (self.folder / LIST).exists()
 
     def remove(self) -> None:
         """Take the board away; records and checkpoints lie elsewhere."""

@@ -60,6 +60,11 @@ def started(pid: int) -> str:
     return "alive"
 
 
+def me(sweep: str = "") -> Holder:
+    """This process."""
+    return Holder(host(), os.getpid(), started(os.getpid()), secrets.token_hex(8), sweep)
+
+
 def claim_path(folder: Path) -> Path:
     """The file that says who is at the cell in `folder`."""
     return folder.parent / FOLDER / folder.name
@@ -84,42 +89,42 @@ def claimed(folder: Path, sweep: str = "") -> Iterator[bool]:
         sweep: the sweep this process works for. A claim of a dead process of the same sweep is left to its parent.
     """
     path = claim_path(folder)
-    me = Holder(host(), os.getpid(), started(os.getpid()), secrets.token_hex(8), sweep)
-    if not _take(path, me, sweep):
+    mine = me(sweep)
+    if not _take(path, mine, sweep):
         yield False
         return
     done = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, me, done), daemon=True)
+    beat = threading.Thread(target=_beat, args=(path, mine, done), daemon=True)
     beat.start()
     try:
         yield True
     finally:
         done.set()
         beat.join()
-        release(path, me)
+        release(path, mine)
 
 
 def seize(folder: Path, dead: Holder, sweep: str) -> Holder | None:
     """Take a claim over from a process known to be dead; None when it is no longer its."""
     path = claim_path(folder)
-    me = Holder(host(), os.getpid(), started(os.getpid()), secrets.token_hex(8), sweep)
-    work = _written(path, me)
+    mine = me(sweep)
+    work = _written(path, mine)
     try:
-        return me if _replace(path, dead, work) else None
+        return mine if _replace(path, dead, work) else None
     finally:
         work.unlink(missing_ok=True)
 
 
-def release(path: Path, me: Holder) -> None:
+def release(path: Path, mine: Holder) -> None:
     """Give a claim back, if it is still ours."""
-    if holder(path) == me:
+    if holder(path) == mine:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-def _take(path: Path, me: Holder, sweep: str) -> bool:
+def _take(path: Path, mine: Holder, sweep: str) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = _written(path, me)
+    work = _written(path, mine)
     try:
         try:
             os.link(work, path)  # with its content from the first moment on, or not at all
@@ -134,9 +139,9 @@ def _take(path: Path, me: Holder, sweep: str) -> bool:
         work.unlink(missing_ok=True)
 
 
-def _written(path: Path, me: Holder) -> Path:
-    work = path.with_name(f".{path.name}.{me.token}")
-    work.write_text(json.dumps(asdict(me)), encoding="utf-8")
+def _written(path: Path, mine: Holder) -> Path:
+    work = path.with_name(f".{path.name}.{mine.token}")
+    work.write_text(json.dumps(asdict(mine)), encoding="utf-8")
     return work
 
 
@@ -170,9 +175,9 @@ def _replace(path: Path, other: Holder, work: Path) -> bool:
             marker.unlink()
 
 
-def _beat(path: Path, me: Holder, done: threading.Event) -> None:
+def _beat(path: Path, mine: Holder, done: threading.Event) -> None:
     while not done.wait(HEARTBEAT):
-        if holder(path) != me:
+        if holder(path) != mine:
             return  # taken over while this machine slept; the lock in the cell's folder keeps the other one waiting
         with contextlib.suppress(OSError):
             os.utime(path)

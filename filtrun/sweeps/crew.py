@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from filtrun.record import Record
 from filtrun.sweep import Job, Outcome
-from filtrun.sweeps.places import gpus, on_devices
-from filtrun.sweeps.pool import Pool, earlier_peak
+from filtrun.sweeps.pool import Pool
 
 
 class Crew(Pool):
@@ -20,13 +19,7 @@ class Crew(Pool):
     """
 
     def __init__(self, first: Job, workers: int) -> None:
-        super().__init__([first], 1)
-        self.board.keep_open()
-        self.places = [None] * workers
-        config = first.config
-        if config.get("device") in ("auto", "cuda") and (config.get("trainer") or {}).get("devices", 1) == 1:
-            if found := gpus():
-                self.places = list(on_devices(workers, found, earlier_peak([first])))
+        super().__init__([first], workers, stay=True)
         self._hire()
 
     def add(self, jobs: Sequence[Job]) -> list[int]:

@@ -6,46 +6,68 @@ import contextlib
 import json
 import os
 import secrets
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 from filtrun.errors import RunFailure
 from filtrun.record import FILE, Record
 from filtrun.sweep import Job, Outcome
-from filtrun.sweeps.board import FOLDER, Board
-from filtrun.sweeps.claims import claim_path, holder, release, seize
-from filtrun.sweeps.places import environment, gpus, on_devices
+from filtrun.sweeps.board import FOLDER, PARENT, Board
+from filtrun.sweeps.claims import Holder, claim_path, holder, release, seize
+from filtrun.sweeps.launcher import STOPPED, End, Launcher, Worker
+from filtrun.sweeps.life import beating, mtime, remove_abandoned
+from filtrun.sweeps.processes import PATIENCE, Processes
 
 LOOK = 0.05
 """Seconds between two looks at the board."""
 
-STOPPED = 130
-"""Exit code of a worker that was stopped and has said so in the record: its cell is begun again."""
-
 STILLBORN = 3
-"""Workers that may die in a row without having begun a cell."""
+"""Workers that may end in a row without having begun a cell."""
+
+STOPS = 10
+"""Times a cell may be stopped from outside before it counts as failed."""
+
+SILENT = 600.0
+"""Seconds without a sign of life after which a worker counts as dead, whatever its launcher says."""
+
+SETTLE = 30.0
+"""Seconds that what a worker wrote on another machine may take to be seen here."""
 
 
 class Pool:
-    """Worker processes on this machine for one sweep."""
+    """The workers of one sweep.
 
-    def __init__(self, jobs: Sequence[Job], workers: int) -> None:
+    Args:
+        workers: how many at a time.
+        launcher: says where they run; None: as processes on this machine.
+        stay: more cells will come, and workers wait for them.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], workers: int, launcher: Launcher | None = None, *, stay: bool = False
+    ) -> None:
         self.jobs = list(jobs)
-        root = self.jobs[0].folder.parent
+        self.launcher = launcher or Processes()
+        boards = self.jobs[0].folder.parent.absolute() / FOLDER
+        remove_abandoned(boards)
         self.sweep = f"{os.getpid()}-{secrets.token_hex(6)}"
-        self.board = Board.make(root.absolute() / FOLDER / self.sweep, self.jobs)
-        count = min(workers, len(self.jobs))
-        self.places: list[str | None] = [None] * count
-        if all(job.config.get("device") in ("auto", "cuda") for job in self.jobs) and (found := gpus()):
-            if all((job.config.get("trainer") or {}).get("devices", 1) == 1 for job in self.jobs):
-                self.places = list(on_devices(count, found, earlier_peak(self.jobs)))
-        self.running: dict[str, tuple[subprocess.Popen[bytes], int, IO[bytes]]] = {}
-        self.began, self.stillborn = 0, 0
+        self.board = Board.make(boards / self.sweep, self.jobs, self.launcher.detached)
+        if stay:
+            self.board.keep_open()
+        self.until_closed = contextlib.ExitStack()
+        self.until_closed.callback(self.board.remove)
+        try:
+            count = workers if stay else min(workers, len(self.jobs))
+            self.free = list(range(self.launcher.open(self.board, self.jobs, count)))
+            self.until_closed.enter_context(beating(self.board.folder / PARENT))
+        except BaseException:
+            self.until_closed.close()
+            raise
+        self.running: dict[str, tuple[Worker, int]] = {}
+        self.began, self.stillborn, self.rest = 0, 0, 0.0
+        self.stops: Counter[int] = Counter()
         self.outcomes: dict[int, Outcome] = {}
 
     def run(
@@ -77,48 +99,69 @@ class Pool:
 
     def _hire(self) -> None:
         """Start workers in the free places, as long as there are cells for them."""
-        taken = {place for _, place, _ in self.running.values()}
-        wanted = min(len(self.places), len(self.jobs) - len(self.outcomes))
-        for place in range(len(self.places)):
-            if place in taken or len(self.running) >= wanted:
-                continue
+        wanted = len(self.jobs) - len(self.outcomes) - len(self.running)
+        if not self.free and not self.running:
+            done = f"{len(self.outcomes)} of {len(self.jobs)} cells have ended"
+            raise RunFailure(f"all jobs of the sweep were cancelled; {done}, the same command goes on")
+        if not self.free or wanted <= 0 or time.monotonic() < self.rest:
+            return
+        places = {}
+        for place in self.free[:wanted]:
             self.began += 1
-            name = f"{self.began}"
-            threads = self.jobs[0].config.get("threads")
-            variables = environment(len(self.places), self.places[place], threads, os.environ)
-            variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # what this process can import
-            log = (self.board.folder / f"worker-{name}.log").open("wb")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "filtrun.sweeps.worker", str(self.board.folder), name],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables, start_new_session=True,
-            )  # fmt: skip
-            self.running[name] = (process, place, log)
+            places[f"{self.began}"] = place
+        self.free = self.free[wanted:]
+        for name, worker in self.launcher.start(places).items():
+            self.running[name] = (worker, places[name])
 
     def _bury(self) -> None:
-        """Note the cells that dead workers were at as failed."""
-        for name, (process, _, log) in list(self.running.items()):
-            code = process.poll()
-            if code is None:
+        """Note what became of the cells that workers were at who have ended."""
+        for name, (worker, place) in list(self.running.items()):
+            end = worker.poll() or (None if self.launcher.sure else self._silent(name, worker))
+            if end is None:
                 continue
             del self.running[name]
-            log.close()
-            number = self.board.at(name)
-            if number is None:
-                self.stillborn = 0 if code == 0 else self.stillborn + 1
+            if not end.last:
+                self.free.append(place)
+            number, who = self.board.at(name), self.board.who(name)
+            if end.code == 0:  # it saw every cell end; we may see that later
+                self.rest = time.monotonic() + SETTLE
+            if number is None or who is None:
+                self.stillborn = 0 if end.code == 0 or end.last else self.stillborn + 1
                 if self.stillborn >= STILLBORN:
-                    told = (self.board.folder / f"worker-{name}.log").read_text(errors="replace").strip().splitlines()
-                    raise RunFailure(f"workers end before they begin: {told[-1] if told else _how(code)}")
+                    told = worker.told().strip().splitlines()
+                    raise RunFailure(f"workers end before they begin: {told[-1] if told else end}")
                 continue
             self.stillborn = 0
-            if code not in (0, STOPPED) and not self.board.ended(number):
-                self._failed(number, process.pid, f"worker died: {_how(code)}")
+            if end.code != 0 and not self.board.ended(number):
+                self._left(number, who, end)
 
-    def _failed(self, number: int, pid: int, error: str) -> None:
-        """Note a cell as failed, unless another sweep has taken it over: then how it ends there counts."""
+    def _silent(self, name: str, worker: Worker) -> End | None:
+        """A worker nothing is heard of, although its launcher still takes it for alive."""
+        heard, now = mtime(self.board.folder / "alive" / name), mtime(self.board.folder / PARENT)
+        if heard is None or now is None or now - heard < SILENT:
+            return None
+        self.launcher.kill([worker])
+        return End(1, f"no sign of life for {SILENT / 60:.0f} minutes")
+
+    def _left(self, number: int, who: Holder, end: End) -> None:
+        """A worker ended in the middle of a cell: it is begun again when it was stopped from outside, else failed."""
+        if end.code == STOPPED or end.freed:
+            self.stops[number] += not end.last
+            if self.stops[number] < STOPS:
+                dead = holder(claim_path(self.jobs[number].folder))
+                if dead is not None and _same(dead, who):
+                    release(claim_path(self.jobs[number].folder), dead)
+                return
+            self._failed(number, who, f"stopped {STOPS} times before it was done (last: {end}); give it more time")
+        else:
+            self._failed(number, who, f"worker died: {end}")
+
+    def _failed(self, number: int, who: Holder, error: str) -> None:
+        """Note a cell as failed, unless another worker or sweep has taken it over: then how it ends there counts."""
         job = self.jobs[number]
         path = claim_path(job.folder)
         dead = holder(path)
-        if dead is not None and (dead.sweep, dead.pid) != (self.sweep, pid):
+        if dead is not None and not _same(dead, who):
             return
         mine = dead and seize(job.folder, dead, self.sweep)
         if dead is not None and mine is None:
@@ -132,18 +175,23 @@ class Pool:
 
     def close(self) -> None:
         """Stop the workers, which note what they were at as interrupted, and take the board away."""
-        for process, _, _ in self.running.values():
-            with contextlib.suppress(OSError):
-                process.stdin.close()  # type: ignore[union-attr]
-        for process, _, log in self.running.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            log.close()
+        self.board.stop()
+        left = [worker for worker, _ in self.running.values()]
         self.running.clear()
-        self.board.remove()
+        try:
+            if left:
+                self.launcher.stop(left)
+                deadline = time.monotonic() + PATIENCE
+                while (left := [w for w in left if w.poll() is None]) and time.monotonic() < deadline:
+                    time.sleep(LOOK)
+                self.launcher.kill(left)
+            self.launcher.close()
+        finally:
+            self.until_closed.close()
+
+
+def _same(one: Holder, other: Holder) -> bool:
+    return (one.host, one.pid, one.started, one.sweep) == (other.host, other.pid, other.started, other.sweep)
 
 
 def mark_failed(job: Job, error: str) -> str:
@@ -164,43 +212,6 @@ def mark_failed(job: Job, error: str) -> str:
     return error
 
 
-def earlier_peak(jobs: Sequence[Job]) -> int | None:
-    """The most GPU bytes one of the cells' kinds took before; None when one of them is not known."""
-    wanted = {_kind(job.config) for job in jobs}
-    found: dict[str, int] = {}
-    for values in _records(jobs[0].folder.parent):
-        bytes_ = (values.get("cost") or {}).get("peak_memory_bytes")
-        if bytes_ and "cuda" in str((values.get("environment") or {}).get("device")):
-            kind = _kind(values.get("config") or {})
-            found[kind] = max(found.get(kind, 0), int(bytes_))
-    return max(found[kind] for kind in wanted) if wanted <= set(found) else None
-
-
-def _kind(config: dict[str, Any]) -> str:
-    """What the memory of a cell depends on: everything but its seeds and how long it trains."""
-    from filtrun.cells import content
-
-    kept = {k: v for k, v in content(config).items() if k not in ("seed", "split_seed", "pretrain")}
-    trainer = kept.get("trainer")
-    if isinstance(trainer, dict):
-        kept["trainer"] = {k: v for k, v in trainer.items() if k not in ("lr", "steps", "epochs")}
-    return json.dumps(kept, sort_keys=True, default=str)
-
-
-def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in folder.glob(f"*/{FILE}"):
-        with contextlib.suppress(OSError, ValueError):
-            yield json.loads(path.read_text(encoding="utf-8"))
-
-
 def _read(folder: Path) -> Record:
     """The record a worker has just checked and written."""
     return Record(folder=folder, **json.loads((folder / FILE).read_text(encoding="utf-8")))
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    return f"signal {-code}"

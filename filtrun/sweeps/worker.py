@@ -1,6 +1,6 @@
 """A worker of a sweep, ``python -m filtrun.sweeps.worker BOARD NAME``: imports once, then runs cell after cell.
 
-It ends when no cell is left, or when its standard input does: whoever started it is gone.
+It ends when no cell is left, when the board says so, or when its standard input ends: whoever started it is gone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from filtrun.errors import UserError
 from filtrun.record import FILE, Record
+from filtrun.stopping import stops_at
 from filtrun.sweep import POLL, Job, run_job
 from filtrun.sweeps.board import Board
+from filtrun.sweeps.launcher import STOPPED
+from filtrun.sweeps.life import Life
 
 LOOK = 0.05
 """Seconds between two looks for cells that were added."""
@@ -27,16 +29,18 @@ PATIENCE = 20.0
 """Seconds a worker has to write down that it was stopped, before it is ended."""
 
 
-def work(board: Board, name: str) -> None:
-    """Run what no other process is at, until every cell has ended. Raises KeyboardInterrupt when it is stopped.
+def work(board: Board, name: str, life: Life) -> bool:
+    """Run what no other process is at, until every cell has ended; False when it is left because the parent is silent.
 
-    While the board is open it waits for more cells.
+    While the board is open it waits for more cells. Raises KeyboardInterrupt when it is stopped.
     """
     jobs, since, is_open = board.jobs(), board.since(), board.is_open()
     left = list(range(len(jobs)))
     while left or is_open:
         busy = []
         for number in left:
+            if life.orphan:
+                return False
             if not board.ended(number) and not _cell(board, name, number, jobs[number], since):
                 busy.append(number)
         if len(busy) == len(left):
@@ -46,6 +50,7 @@ def work(board: Board, name: str) -> None:
             more = board.added(len(jobs))
             left += range(len(jobs), len(jobs) + len(more))
             jobs += more
+    return True
 
 
 def _wait(news: Callable[[], bool]) -> None:
@@ -98,24 +103,28 @@ def _changed(job: Job) -> int | None:
 def _ends_with_its_parent() -> None:
     while os.read(0, 1024):
         pass
+    _end()
+
+
+def _end() -> None:
+    """Stop this process, from another thread than the one that works."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE)
     os._exit(1)
 
 
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     """Work on a board; 130 when stopped."""
-    signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_ends_with_its_parent, daemon=True).start()
-    try:
-        work(Board(Path(sys.argv[1])), sys.argv[2])
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    board, name = Board(Path(sys.argv[1])), sys.argv[2]
+    with stops_at((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)):
+        try:
+            board.join(name)
+            life = Life(board, name, _end)
+            life.start()
+            threading.Thread(target=_ends_with_its_parent, daemon=True).start()
+            return 0 if work(board, name, life) else STOPPED
+        except KeyboardInterrupt:
+            return STOPPED
 
 
 if __name__ == "__main__":

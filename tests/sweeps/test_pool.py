@@ -94,10 +94,12 @@ def test_killed_workers_and_parents_change_no_result(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert Record.read(cells[2].folder).status == "interrupted"
 
+    assert len(list((tmp_path / "cells" / ".sweeps").iterdir())) == 1
     again = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
     assert again.stdout == "['', '', '']\n", again.stderr
     assert [result(job) for job in cells] == [result(job) for job in whole]
     assert list((tmp_path / "cells" / ".claims").iterdir()) == []
+    assert list((tmp_path / "cells" / ".sweeps").iterdir()) == []  # also that of the parent that was killed
 
 
 @pytest.mark.slow
@@ -116,7 +118,7 @@ def test_two_parents_at_once_run_each_cell_once(tmp_path: Path) -> None:
 
 
 def test_workers_that_cannot_begin_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").write_text("#!/bin/sh\necho 'no such library' >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(RunFailure, match="workers end before they begin: no such library"):
