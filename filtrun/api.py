@@ -40,7 +40,8 @@ def with_default_model(overrides: Sequence[str]) -> list[str]:
 
     A task named without a model gets its usual one (``task=classify`` means ``model=resnet20``); a model that starts
     from nothing and is named without a method is trained in full (``model=espcn`` means ``method=full``). Training
-    options of the base may be set (``pretrain.steps=600``) whether or not a recipe has set them before.
+    options of the base may be set (``pretrain.steps=600``) whether or not a recipe has set them before. A recipe that
+    is named brings the model, task and method of its defaults list (Hydra would read its list too late for that).
     """
     from filtrun.catalogue import conf_dir, entries
 
@@ -53,6 +54,11 @@ def with_default_model(overrides: Sequence[str]) -> list[str]:
             for o in overrides
         ]
     chosen = {name for name, sign, _ in (o.partition("=") for o in overrides) if sign}
+    recipes = [o.partition("=")[2] for o in overrides if o.startswith("recipe=")]
+    for group, name in next((e.picks for e in entries("recipes") if e.name in recipes[-1:]), {}).items():
+        if group not in chosen:
+            overrides = [*overrides, f"{group}={name}"]
+            chosen.add(group)
     tasks = [o.partition("=")[2] for o in overrides if o.startswith("task=")]
     if tasks and "model" not in chosen and not any(o.startswith("method=") for o in overrides):
         fits = {e.name: e.tasks for e in entries("models")}

@@ -13,6 +13,7 @@ from filtrun.checkpoint import weights_sha256
 from filtrun.context import Run, seed_generators
 from filtrun.errors import UserError
 from filtrun.plan import Plan
+from filtrun.task import show_images
 from filtrun.train_stage import train_stage
 
 
@@ -32,7 +33,10 @@ def base_model(plan: Plan, run: Run) -> tuple[nn.Module, str]:
         from filtrun.models.checkpoint import load_weights
 
         load_weights(model, plan.config["model"]["checkpoint"])
-    return model.to(run.device), weights_sha256(model)
+    model = run.model = model.to(run.device)
+    if plan.base == "scratch":
+        show_images(run)
+    return model, weights_sha256(model)
 
 
 def model_options(config: Mapping[str, Any]) -> dict[str, Any]:

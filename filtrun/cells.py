@@ -31,6 +31,7 @@ LATER_OPTIONS: dict[str, Any] = {
     "data.contrast": 0.0,
     "data.saturation": 0.0,
     "data.hue": 0.0,
+    "task.views": "one",
 }
 """Options that are younger than the first records: where they have these defaults, which compute what was computed
 without them, they are in no key, so that finished cells keep their names. ``pretrain`` is a trainer, too."""

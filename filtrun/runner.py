@@ -120,6 +120,13 @@ def train_step(run: Run, batch: Any) -> Tensor:
     return total
 
 
+def early_factor(run: Run, phase: Phase, done: int, group: dict[str, Any]) -> float:
+    """Share of the peak learning rate of a group that trains for the first ``lr_share`` of a phase only."""
+    length = max(1, round(group["lr_share"] * phase.steps))
+    step = run.step - done
+    return lr_factor(run.trainer, step, length, phase.schedule, phase.warmup) if step < length else 0.0
+
+
 def fit(run: Run) -> None:
     """Train to the end of the last phase, from `run.step` on (not 0 when a checkpoint was loaded)."""
     owners = [m for m in run.methods if m.own_step is not None]
@@ -138,7 +145,7 @@ def fit(run: Run) -> None:
                 factor = lr_factor(run.trainer, run.step - done, phase.steps, phase.schedule, phase.warmup)
                 for group in run.optimizer.param_groups:
                     peak = group["base_lr"] if phase.lr is None else phase.lr * group.get("lr_factor", 1.0)
-                    group["lr"] = peak * factor
+                    group["lr"] = peak * (early_factor(run, phase, done, group) if "lr_share" in group else factor)
                 run.seed_step()
                 run.total_loss = step_of(run, run.augment(batch))
                 run.step += 1

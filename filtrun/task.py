@@ -96,3 +96,17 @@ def normalizer(run: Run) -> tuple[Tensor, Tensor]:
         mean, std = run.data.mean_std()
     shape = (1, -1, 1, 1)
     return torch.tensor(mean, device=run.device).view(shape), torch.tensor(std, device=run.device).view(shape)
+
+
+def show_images(run: Run) -> None:
+    """Let a model that asks for it see training images before it trains: as many as its ``looks_at``, normalised.
+
+    It asks with a method ``look_at(images)``. The images are spread over the training split, always the same ones.
+    """
+    look = getattr(run.model, "look_at", None)
+    if not callable(look):
+        return
+    split = run.data.split("train", run.which)
+    count = min(int(getattr(run.model, "looks_at", 1000)), len(split))
+    mean, std = normalizer(run)
+    look((split.batch(torch.arange(count) * len(split) // count).x.to(run.device) - mean) / std)

@@ -18,7 +18,7 @@ from filtrun.loggers import Loggers
 from filtrun.method import Method
 from filtrun.methods.baseline.full import Full
 from filtrun.pack import load_tree, save_tree
-from filtrun.task import Task
+from filtrun.task import Task, show_images
 from filtrun.trainer import Trainer
 
 
@@ -78,6 +78,8 @@ def train_stage(
             stages=run.stages, seed=seed, train_split=run.data.split("train", which), normalize=normalize,
             callbacks=[log, *([ema] if ema else [])], label=name, which=which, bar=run.bar,
         )  # fmt: skip
+        inner.model.to(run.device)
+        show_images(inner)
         runner.edit(inner)
         runner.setup(inner)
         if ema:

@@ -174,8 +174,9 @@ def grouped(
     """Optimizer groups: the methods' own, then one of every other trainable parameter, then those the model asks for.
 
     A model asks with a method ``param_groups() -> list[dict]``: ``params``, and beside the optimizer's own options
-    ``lr_factor``, what their learning rate is multiplied by, and ``hold_epochs``, for which they stay as they are
-    (for ``hold_share`` of the run's steps at most). What does not train, and what a method has a group for, is left
+    ``lr_factor``, what their learning rate is multiplied by, ``lr_share``, the part of the run in which the schedule
+    takes it to its end and after which it is 0, and ``hold_epochs``, for which they stay as they are (for
+    ``hold_share`` of the run's steps at most). What does not train, and what a method has a group for, is left
     out of the model's groups.
     """
     taken = {id(p) for group in extra for p in group["params"]}

@@ -29,6 +29,11 @@ class Classify(Task):
 
     label_smoothing: float = opt(0.0, "share of the label spread over all classes in training", low=0, high=1)
     eval_batch: int = opt(250, "test images per forward", low=1)
+    views: str = opt(
+        "one", "logits are averaged over these views of a test image", choices=("one", "mirror", "mirror_translate"),
+        source="mirror_translate: 1/4 each for both sides of the image, 1/8 each for both moved a pixel up and left, "
+        "and down and right; arXiv:2404.00498",
+    )  # fmt: skip
     split: str = opt("test", "split the reported numbers are from", choices=("test", "val"))
 
     kind: ClassVar[str] = "classify"
@@ -47,13 +52,28 @@ class Classify(Task):
         mean, std = run.shared.setdefault("normalizer", normalizer(run))
         return run.net((x - mean) / std)
 
+    def averaged(self, run: Run, x: Tensor) -> Tensor:
+        """Class scores (N, K) of images (N, C, H, W) in [0, 1], averaged over the `views`."""
+
+        def both(images: Tensor) -> Tensor:
+            return (self.logits(run, images).float() + self.logits(run, images.flip(-1)).float()) / 2
+
+        if self.views == "one":
+            return self.logits(run, x).float()
+        if self.views == "mirror":
+            return both(x)
+        h, w = x.shape[-2:]
+        padded = F.pad(x, (1, 1, 1, 1), "reflect")
+        moved = both(padded[..., :h, :w]) + both(padded[..., 2 : h + 2, 2 : w + 2])
+        return both(x) / 2 + moved / 4
+
     def loss(self, run: Run, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(run, batch.x), batch.y, label_smoothing=self.label_smoothing)
 
     def _meter(self, run: Run, which: str) -> dict[str, float]:
         meter = ClassifyMeter(run.data.num_classes, device=run.device)
         for batch in self._shard(run, which):
-            meter.update(self.logits(run, batch.x).float(), batch.y)
+            meter.update(self.averaged(run, batch.x), batch.y)
         meter.state = run.reduce(meter.state, "sum")
         return meter.compute()
 
@@ -78,7 +98,8 @@ class Classify(Task):
 
     def notes(self, run: Run) -> dict[str, Any]:
         count = len(run.data.split(self.split, run.which))
-        return {"split": self.split, "classes": run.which, "images": count, "normalize": run.normalize}
+        views = {} if self.views == "one" else {"views": self.views}
+        return {"split": self.split, "classes": run.which, "images": count, "normalize": run.normalize, **views}
 
     def head(self, model: nn.Module) -> list[nn.Parameter]:
         from filtrun.models.checkpoint import head_of
