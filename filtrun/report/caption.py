@@ -12,8 +12,8 @@ from filtrun.report.table import SCALE_NOTES
 from filtrun.report.units import plain
 
 
-def caption(grid: Grid) -> list[str]:
-    """The lines that state under which conditions the table was measured."""
+def caption(grid: Grid, tuning: str) -> list[str]:
+    """The lines that state under which conditions the table was measured; `tuning` is that of the tuning budgets."""
     records = grid.records()
     configs = [r.get("config") or {} for r in records] or [s.job.config for s in grid.slots]
     choices = [s.job.choices for s in grid.slots]
@@ -29,6 +29,7 @@ def caption(grid: Grid) -> list[str]:
         "base: " + base(configs),
         f"seeds {', '.join(map(str, grid.seeds))}; mean ± sample standard deviation over seeds" if grid.seeds else "",
         "tuning: " + (grid.table.tuning or grid.card.tuning or "not stated"),
+        tuning,
         "measured with " + evaluation(records[0].get("evaluation") or {}) if records else "",
         "ran on " + some(where(r) for r in records) if records else "",
     ]

@@ -54,7 +54,8 @@ def flat_rows(sheet: Sheet) -> list[dict[str, Any]]:
         metrics = {metric: each["values"] for metric, each in values["metrics"].items()}
         for seed in sorted({seed for each in metrics.values() for seed in each}):
             line = {metric: each.get(seed) for metric, each in metrics.items()}
-            found.append(about | {"row": row, "seed": seed} | line)
+            tuning = {"tuning": values["tuning"]["text"], "tuning trials": values["tuning"]["trials"]}
+            found.append(about | {"row": row, "seed": seed} | line | tuning)
     return found
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filtrun.report.grid import Grid
 from filtrun.report.judge import Verdict, count_verdicts, verdict_data
-from filtrun.report.paper_sheet import judge_claim, missing_lines, numbers_of
+from filtrun.report.paper_sheet import budgets_of, judge_claim, missing_lines, numbers_of, searches_of, tunable
 from filtrun.report.sheet import Box, Column, Sheet, marks
 from filtrun.report.statistics import mean, std
 from filtrun.report.table import SCALE_NOTES
+from filtrun.report.tuning import Budget, tuning_line, unlike_tuning
 
 TITLES = ("method", "paper", "year", "family", "task, data", "metric", "ours", "baseline", "cost", "claims")
 NUMBERS = ("year", "ours", "baseline", "claims")
@@ -45,10 +46,18 @@ def gallery_sheet(grids: Sequence[Grid], scale: str) -> Sheet:
             for claim in g.card.claims
             if claim.table == g.table.name
         ]
+        budgets = budgets_of(grid, searches_of(grid))
+        if any(budget.trials for budget in budgets.values()):
+            sheet.notes.append(f"{grid.card.slug}: {tuning_line(budgets)}")
+            sheet.warnings += [f"{grid.card.slug}: {line}" for line in unlike_tuning(tunable(grid, budgets))]
         sheet.rows.append(_line(grid, verdicts))
-        data.append(_data(grid, verdicts))
+        data.append(_data(grid, verdicts, budgets))
         sheet.missing += [f"{grid.card.slug}: {line}" for line in _missing(grid)]
-    sheet.data = {"gallery": scale, "caption": sheet.caption, "papers": data}
+    if not sheet.notes:
+        sheet.caption.append(
+            "tuning budget: no search on record for any row; `filtrun table PAPER` says what was tuned"
+        )
+    sheet.data = {"gallery": scale, "caption": sheet.caption + sheet.notes, "warnings": sheet.warnings, "papers": data}
     return sheet
 
 
@@ -129,7 +138,7 @@ def _costs(grid: Grid, row: str, baseline: str) -> str:
     return ", ".join(told) or "-"
 
 
-def _data(grid: Grid, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def _data(grid: Grid, verdicts: Sequence[Verdict], budgets: Mapping[str, Budget]) -> dict[str, Any]:
     card, cell = grid.card, grid.card.gallery
     assert cell is not None
     rows = {}
@@ -138,6 +147,7 @@ def _data(grid: Grid, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         numbers = list(values.values())
         rows[name] = {
             "row": row, "values": values, "mean": mean(numbers) if numbers else None, "std": std(numbers),
+            "tuning": budgets.get(row, Budget()).data(),
         }  # fmt: skip
     return {
         "paper": card.slug, "title": card.title, "year": card.year, "family": card.family, "table": cell.table,

@@ -14,6 +14,7 @@ from filtrun.report.many_caption import caption, warnings
 from filtrun.report.select import ABSENT, Condition, check_keys, keys_of, matches, order, told, value_of
 from filtrun.report.sheet import Box, Column, Number, Sheet, marks, metric_facts
 from filtrun.report.statistics import mean, std
+from filtrun.report.tuning import Searches, by_setting, read_searches, tuning_line, unlike_tuning
 
 FINISHED = "finished"
 USUAL = ("methods", "task", "data", "model", "scale", "seed", "status")
@@ -71,14 +72,16 @@ def folder_sheet(records: Records, folder: Path, ask: Question, broken: Sequence
     facts = metric_facts(list(dict.fromkeys(_task(r) for r in chosen)))
     numbers = {m: Number.of(m, facts) for m in metrics}
     better = {m: _direction(m, facts) for m in (*metrics, ask.sort)}
+    searches = read_searches(folder)
+    notes += searches.problems()
     title = f"{len(chosen):,} records below {folder}"
     title += f" with {', '.join(map(str, ask.where))}" if ask.where else ""
     if grouped:
         by = ask.by or tuple(k for k in ("methods",) if k != ask.pivot)
-        sheet, rows, axes = _groups(chosen, by, ask, numbers, better)
+        sheet, rows, axes = _groups(chosen, by, ask, numbers, better, searches)
     else:
         columns = tuple(c for c in ask.columns if c != "all") or _usual_columns(chosen)
-        sheet, rows, axes = _singles(chosen, folder, columns, ask, numbers, better)
+        sheet, rows, axes = _singles(chosen, folder, columns, ask, numbers, better, searches)
         if every:
             keys = [key for key in keys_of(chosen) if key not in ("folder", "error")]
             ordered = {r["folder"]: r for r in chosen}
@@ -86,9 +89,11 @@ def folder_sheet(records: Records, folder: Path, ask: Question, broken: Sequence
                 row |= {key: _plain(value_of(ordered[row["folder"]], key)) for key in keys}
     sheet.title = title
     counts = tried(records, [r for each in rows.values() for r in each])
-    sheet.caption = caption(rows, counts, folder)
+    budgets = by_setting([r for each in rows.values() for r in each], searches)
+    sheet.caption = caption(rows, counts, folder, tuning_line({name: budget for name, (budget, _) in budgets.items()}))
     sheet.notes = notes + sheet.notes
     sheet.warnings = warnings(rows, axes, counts, single=not grouped)
+    sheet.warnings += unlike_tuning({name: budget for name, (budget, trains) in budgets.items() if trains})
     sheet.data |= {
         "title": title, "records": len(chosen), "caption": sheet.caption, "notes": sheet.notes,
         "warnings": sheet.warnings, "tried": counts,
@@ -98,7 +103,7 @@ def folder_sheet(records: Records, folder: Path, ask: Question, broken: Sequence
 
 def _singles(
     chosen: Records, folder: Path, columns: Sequence[str], ask: Question, numbers: Mapping[str, Number],
-    better: Mapping[str, str],
+    better: Mapping[str, str], searches: Searches,
 ) -> tuple[Sheet, dict[str, Records], tuple[str, ...]]:  # fmt: skip
     ordered = _sorted(chosen, lambda r: value_of(r, ask.sort), better[ask.sort], ask) if ask.sort else chosen
     shown = ordered[: ask.limit or None]
@@ -126,12 +131,14 @@ def _singles(
         | {metric: measured(r, metric) for metric in numbers}
         for r in ordered
     ]  # fmt: skip
+    _tuned(sheet, [[r] for r in ordered], searches)
     return sheet, {"": ordered}, tuple(columns)
 
 
 def _groups(
-    chosen: Records, by: Sequence[str], ask: Question, numbers: Mapping[str, Number], better: Mapping[str, str]
-) -> tuple[Sheet, dict[str, Records], tuple[str, ...]]:
+    chosen: Records, by: Sequence[str], ask: Question, numbers: Mapping[str, Number], better: Mapping[str, str],
+    searches: Searches,
+) -> tuple[Sheet, dict[str, Records], tuple[str, ...]]:  # fmt: skip
     groups: dict[tuple[str, ...], Records] = {}
     for record in chosen:
         groups.setdefault(tuple(told(value_of(record, key)) for key in by), []).append(record)
@@ -188,6 +195,7 @@ def _groups(
     n = f"n = {counts.pop()}" if len(counts) == 1 else "(n)" if ask.pivot else "n"
     sheet.notes.append(f"mean ± sample standard deviation over the {n} records of a group")
     sheet.data["rows"] = data
+    _tuned(sheet, [groups[name] for name in names], searches)
     apart = ask.pivot not in ("", "seed")  # seeds are what a row is measured over, also when each has its column
     found_rows = {
         _label(by, name, ask.pivot, each if apart else None): records
@@ -195,6 +203,21 @@ def _groups(
         if records
     }
     return sheet, found_rows, (*by, *([ask.pivot] if ask.pivot else []))
+
+
+def _tuned(sheet: Sheet, each: Sequence[Records], searches: Searches) -> None:
+    """Say of each row what was spent on its tuning; a column of its own where something was."""
+    found = [
+        sorted(dict.fromkeys(searches.of(record) for record in records), key=lambda budget: -budget.trials)
+        for records in each
+    ]
+    for line, budgets in zip(sheet.data["rows"], found, strict=True):
+        line["tuning"] = "; ".join(dict.fromkeys(budget.text for budget in budgets))
+        line["tuning trials"] = budgets[0].trials if len(budgets) == 1 else None
+    if any(budget.trials for budgets in found for budget in budgets):
+        sheet.columns.append(Column("tuning", number=False))
+        for row, budgets in zip(sheet.rows, found, strict=False):
+            row.append(Box(", ".join(dict.fromkeys(budget.short for budget in budgets))))
 
 
 def _label(by: Sequence[str], name: Sequence[str], key: str, pivot: str | None) -> str:

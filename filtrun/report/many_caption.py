@@ -14,11 +14,11 @@ from filtrun.report.units import plain
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def caption(rows: Rows, counts: Mapping[str, int], folder: Path) -> list[str]:
+def caption(rows: Rows, counts: Mapping[str, int], folder: Path, tuning: str) -> list[str]:
     """Scale, data, backbone, budget, base, tuning, seeds and machine of the records in `rows`.
 
     `counts` has the settings tried of each method among all records below the folder (`filtrun.report.fairness.tried`):
-    what was tried counts, whether or not it is shown.
+    what was tried counts, whether or not it is shown. `tuning` is the line of the searches on record.
     """
     records = [r for each in rows.values() for r in each]
     what = {
@@ -38,6 +38,7 @@ def caption(rows: Rows, counts: Mapping[str, int], folder: Path) -> list[str]:
         f"base: {base}" if base else "",
         f"{'seed' if len(seeds) == 1 else 'seeds'} {names([str(s) for s in seeds])}",
         f"tuning: settings recorded below {folder} with one task, data, model and scale: {told}",
+        tuning,
         "measured with " + parts.evaluation(same) if same else "",
         "ran on " + parts.some(map(parts.where, records)),
     ]

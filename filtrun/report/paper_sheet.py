@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filtrun.report import units
@@ -12,6 +12,7 @@ from filtrun.report.grid import Grid
 from filtrun.report.judge import NOT_RUN, Verdict, judge, verdict_data
 from filtrun.report.sheet import Box, Column, Judged, Number, Sheet, evidence, marks, metric_facts
 from filtrun.report.statistics import mean, std
+from filtrun.report.tuning import Budget, Searches, read_searches, trained, tuning_line, unlike_tuning
 
 
 def paper_sheet(grid: Grid, *, only_rows: bool = False) -> Sheet:
@@ -35,7 +36,10 @@ def paper_sheet(grid: Grid, *, only_rows: bool = False) -> Sheet:
         for row, value, mark in zip(rows, values, marked, strict=True):
             row.append(Box(_ours(grid, row[0].text, numbers[metric], value), mark))
     _trained(grid, columns, rows, names, ours)
-    sheet = Sheet(f"{card.title}: {table.title}", columns, rows, caption(grid))
+    searches = searches_of(grid)
+    budgets = budgets_of(grid, searches)
+    _tuned(budgets, columns, rows, names, ours)
+    sheet = Sheet(f"{card.title}: {table.title}", columns, rows, caption(grid, tuning_line(budgets)))
     for position, block in enumerate(published):
         told = _published_note(block, grid.scale)
         if position == 0:
@@ -45,15 +49,16 @@ def paper_sheet(grid: Grid, *, only_rows: bool = False) -> Sheet:
         else:
             sheet.more.append(_published_sheet(block, f"Published [{position + 1}]: {told}", names, only_rows))
     sheet.claims = [Judged(v.verdict, f"{v.claim.says} [{v.claim.source}]", evidence(v, numbers)) for v in verdicts]
-    sheet.warnings = warnings(grid)
+    sheet.warnings = warnings(grid) + unlike_tuning(tunable(grid, budgets))
     sheet.missing = missing_lines(grid)
+    sheet.notes += searches.problems()
     known = table.measured_at(grid.scale)
     if known is not None and grid.missing:
         sheet.notes.append(
             f"the card has numbers measured at {known.scale} scale on {known.date} (`filtrun info {card.slug}`); this "
             "table shows records of runs only"
         )
-    sheet.data = _data(grid, sheet, verdicts)
+    sheet.data = _data(grid, sheet, verdicts, budgets)
     return sheet
 
 
@@ -146,12 +151,44 @@ def _basis(grid: Grid, row: str) -> str | None:
     return None if found is None else found.basis or "by its row"
 
 
-def _data(grid: Grid, sheet: Sheet, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def searches_of(grid: Grid) -> Searches:
+    """The searches beside the folder of the grid's cells."""
+    return read_searches(*dict.fromkeys(slot.job.folder.parent for slot in grid.slots))
+
+
+def budgets_of(grid: Grid, searches: Searches) -> dict[str, Budget]:
+    """What was spent on tuning each row."""
+    found = {}
+    for row in grid.rows:
+        slot = next((s for s in grid.slots if s.row == row), None)
+        if slot is not None:
+            config = slot.job.config
+            found[row] = searches.at(config.get("method") or (), slot.job.choices, config.get("scale"))
+    return found
+
+
+def tunable(grid: Grid, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """Those of rows that have records, and train something."""
+    return {row: b for row, b in budgets.items() if grid.records(row) and trained(grid.records(row))}
+
+
+def _tuned(
+    budgets: Mapping[str, Budget], columns: list[Column], rows: list[list[Box]], names: Sequence[str], group: str
+) -> None:
+    """Add how many trials each row had, where one had some; the caption has the rest."""
+    if any(budget.trials for budget in budgets.values()):
+        columns.append(Column("tuning", "", group, number=False))
+        for boxes, name in zip(rows, names, strict=True):
+            boxes.append(Box(budgets[name].short if name in budgets else "-"))
+
+
+def _data(grid: Grid, sheet: Sheet, verdicts: Sequence[Verdict], budgets: Mapping[str, Budget]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for row in grid.rows:
         values = {metric: grid.values(row, metric) for metric in grid.table.metrics}
         rows[row] = {
             "n": len(grid.records(row)),
+            "tuning": budgets.get(row, Budget()).data(),
             "metrics": {
                 metric: {"mean": mean(list(v.values())), "std": std(list(v.values())), "values": v}
                 for metric, v in values.items()

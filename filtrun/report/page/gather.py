@@ -14,6 +14,7 @@ from filtrun.report.page.curves import POINTS, curves_of
 from filtrun.report.page.images import Images
 from filtrun.report.select import check_keys, matches, order, parse_where, told, value_of
 from filtrun.report.sheet import COST, metric_facts
+from filtrun.report.tuning import Searches, by_setting, read_searches, tuning_line, unlike_tuning
 from filtrun.stages import digest
 
 COSTS = ("trainable_params", "stored_bytes", "flops", "train_seconds", "nfe")
@@ -43,7 +44,8 @@ def gather(folder: Path, where: Iterable[str] = (), image_bytes: int = 5_200_000
     conditions = parse_where(where)
     check_keys("--where", (c.key for c in conditions), found.records)
     records = sorted((r for r in found.records if matches(r, conditions)), key=_place)
-    runs = [_run(record, folder) for record in records]
+    searches = read_searches(folder)
+    runs = [_run(record, folder) | _tuning(record, searches) for record in records]
     folders = [Path(record["folder"]) for record in records]
     images = Images(image_bytes)
     for run, pictures in zip(runs, images.add([(f, r.get("artifacts") or ()) for f, r in zip(folders, records,
@@ -61,6 +63,7 @@ def gather(folder: Path, where: Iterable[str] = (), image_bytes: int = 5_200_000
         "images": images.encoded,
         "left_out": images.left_out,
         "broken": [str(path) for path in found.broken],
+        "tuning": _tuning_notes(records, searches),
         "points": POINTS,
     }
 
@@ -91,6 +94,20 @@ def _run(record: Record, folder: Path) -> dict[str, Any]:
         "metrics": _numbers(record.get("metrics")),
         "cost": _numbers(record.get("cost")),
     }
+
+
+def _tuning(record: Record, searches: Searches) -> dict[str, Any]:
+    """What was spent on tuning a run's setting."""
+    budget = searches.of(record)
+    return {"tuning": _text(budget.text), "trials": budget.trials}
+
+
+def _tuning_notes(records: Sequence[Record], searches: Searches) -> dict[str, Any]:
+    """The budgets of all settings in one line, and where they are unlike."""
+    found = by_setting((r for r in records if r.get("status") == "finished"), searches)
+    line = tuning_line({name: budget for name, (budget, _) in found.items()})
+    warnings = unlike_tuning({name: budget for name, (budget, trains) in found.items() if trains})
+    return {"line": _text(line, ERROR), "warnings": [_text(w, ERROR) for w in warnings + searches.problems()]}
 
 
 def group_of(record: Record) -> str:

@@ -93,6 +93,29 @@ def test_filters_by_words_conditions_and_choices(opened) -> None:
     assert cells(tab, "Method") == ["sara"] * 3
 
 
+def test_tuning_budgets_are_told(opened, browser, sweeps, make_record, searches, tmp_path) -> None:
+    tab = opened()
+    assert "Tuning" not in tab.inner_text("#table thead")
+    assert tab.inner_text("#tuning-note") == "tuning budget: no search on record for any row."
+    assert tab.is_hidden("#tuning-warning")
+    root = sweeps.sweep(tmp_path / "sweeps", make_record)
+    setting = {"methods": ["sara"], "task": "diffuse", "data": "digits", "model": "unet", "scale": "laptop"}
+    searches.write_search(tmp_path, "s", ["complete"] * 7, setting=setting)
+    path = tmp_path / "report.html"
+    path.write_bytes(page(gather(root), "today"))
+    context = browser.new_context()
+    tab = context.new_page()
+    tab.goto(path.as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    tab.fill("#words", "seed=0")
+    count(tab, "2 of 8 runs")
+    assert cells(tab, "Tuning") == ["no search on record", "7 trials of 1 seed over trainer.lr"]
+    assert "sara: 7 trials of 1 seed over trainer.lr" in tab.inner_text("#tuning-note")
+    warning = "unlike tuning budgets: no search on record (lora), 7 trials of 1 seed (sara)"
+    assert tab.inner_text("#tuning-warning") == warning and tab.is_visible("#tuning-warning")
+    context.close()
+
+
 def test_means_over_seeds(opened) -> None:
     tab = opened()
     tab.click("#means")

@@ -32,6 +32,9 @@ function fillTop() {
   const tiles = [["Runs", RUNS.length], ["Settings", count(RUNS.map((r) => r.group))], ["Methods", count(RUNS.map((r) => r.methods))],
     ["Tasks", count(RUNS.map((r) => r.task))], ["Data sets", count(RUNS.map((r) => r.data))], ["Not finished", open]];
   $("tiles").append(...tiles.map(([title, value]) => el("div", {}, el("dt", {}, title), el("dd", {}, value.toLocaleString("en")))));
+  $("tuning-note").textContent = `${DATA.tuning.line}.`;
+  $("tuning-warning").textContent = DATA.tuning.warnings.join("; ");
+  $("tuning-warning").hidden = !DATA.tuning.warnings.length;
   for (const head of document.querySelectorAll("main section[id] > h2")) {
     $("sections").append(el("li", {}, el("a", { href: `#${head.parentElement.id}` }, head.textContent)));
   }

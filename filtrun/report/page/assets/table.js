@@ -26,6 +26,7 @@ function columnsOf(runs) {
   const seeds = state.means
     ? { id: "seeds", title: "Seeds", number: true, get: (row) => row.runs.length, tell: (row) => String(row.runs.length) }
     : { id: "seed", title: "Seed", number: true, get: (row) => Number(row.runs[0].seed), tell: (row) => row.runs[0].seed };
+  if (RUNS.some((run) => run.trials)) names.push({ id: "tuning", title: "Tuning", get: (row) => row.runs[0].tuning });
   return [...names, seeds, ...(state.means ? [] : [{ id: "status", title: "Status", get: (row) => row.runs[0].status }]), ...numbers,
     ...(state.means ? [] : [{ id: "folder", title: "Folder", get: (row) => row.runs[0].folder }])];
 }
