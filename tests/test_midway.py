@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from filtrun.errors import Stopped
 from filtrun.launch import execute
 from filtrun.midway import rungs
 from filtrun.record import Record
+from filtrun.stopping import stop_asked, stops_at, training
 from filtrun.sweep import Job, make_jobs
 from filtrun.sweeps import watch
 
@@ -94,6 +97,19 @@ def test_a_watcher_ends_the_run_and_the_record_says_so(tmp_path: Path, stages_ro
     assert not (cell.folder / "checkpoints").exists()
     watch.unwatch(cell.folder)
     assert done(cell).cost["steps"] == 8  # later it can be run to its end
+
+
+def test_a_run_that_is_told_to_stop_waits_no_longer(tmp_path: Path) -> None:
+    watch.watch(tmp_path / "cell")
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(KeyboardInterrupt), stops_at([signal.SIGTERM]), training():
+            timer.start()
+            assert watch.may_go_on(tmp_path / "cell", 1, {}) and stop_asked()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_nobody_waits_for_a_watcher_that_is_gone(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def parse_space(words: Sequence[str]) -> tuple[list[Dimension], list[str]]:
 def _dimension(key: str, kind: str, inside: str) -> Dimension:
     if kind not in KINDS:
         raise UserError(f"{key}={kind}(...): allowed are {', '.join(KINDS)}{closest(kind, KINDS)}")
-    words = [w.strip() for w in inside.split(",")]
+    words = [w.strip() for w in _parts(inside)]
     if kind == "choice":
         if not all(words) or len(set(words)) < len(words):
             raise UserError(f"{key}=choice({inside}): the choices must differ, and none may be empty")
@@ -84,6 +84,22 @@ def _dimension(key: str, kind: str, inside: str) -> Dimension:
             f"{key}={kind}({inside}): the first number must be less than the second{above and ', both'}{above}"
         )
     return Dimension(key, kind, tuple(bounds))
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between commas, but for those inside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "'\"":
+            quote = sign
+        depth += (sign in "[({") - (sign in "])}") if not quote else 0
+        if sign == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
 
 
 def written(key: str, kind: str, values: Sequence[Any]) -> str:

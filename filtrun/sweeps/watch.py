@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filtrun.stopping import stop_asked
 from filtrun.sweeps.claims import host, started
 
 FOLDER = ".watch"
@@ -53,7 +54,7 @@ def may_go_on(folder: Path, rung: int, values: Mapping[str, float]) -> bool:
     if not _watched(folder):
         return True
     _write(_path(folder, "asks"), {"rung": rung, "values": dict(values)})
-    while _watched(folder):
+    while _watched(folder) and not stop_asked():  # the training ends at its own place, after a checkpoint
         found = _read(_path(folder, "answer"))
         if found and found.get("rung") == rung:
             return bool(found["go_on"])

@@ -112,6 +112,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.trials < 1 or options.seed < 0 or options.workers < 1:
         raise UserError("--trials and --workers must be at least 1 and --seed at least 0")
     options.seeds = list(dict.fromkeys(int(s) for s in options.seeds.split(",")))
+    if options.pruner != "none" and not options.rungs and len(options.seeds) == 1:
+        raise UserError(f"--pruner {options.pruner} with --rungs 0 and one seed has nothing to prune by")
     return options
 
 

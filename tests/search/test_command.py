@@ -57,6 +57,7 @@ def test_without_optuna_one_line_says_what_to_install(cli: Any, monkeypatch: pyt
         ([LR, *ACCURACY, "--pruner", "medain"], "unknown pruner 'medain'; did you mean 'median'?"),
         ([LR, *ACCURACY, "--sampler", "grid"], "trainer.lr=log(...): --sampler grid takes choice(...) and int(...)"),
         ([LR, *ACCURACY, "--rungs", "3"], "--rungs 3 goes with --pruner median or hyperband"),
+        ([LR, *ACCURACY, "--prune", "--rungs", "0"], "--rungs 0 and one seed has nothing to prune by"),
         ([LR, *ACCURACY, "--prune", "--pruner", "hyperband"], "--prune means --pruner median, and --pruner hyperband"),
         ([LR, *ACCURACY, "--workers", "0"], "--trials and --workers must be at least 1"),
         ([LR, *ACCURACY, "seed=3"], "seed=3: a search takes the runs' seeds from --seeds N,N"),
@@ -170,3 +171,34 @@ def test_ctrl_c_leaves_a_search_that_can_be_gone_on_with(search: Any, stages_roo
     assert whole["tried"] == left["tried"] + 2 and {t["state"] for t in whole["trials"]} == {"complete"}
     assert whole["trials"][: left["tried"]] == left["trials"]
     assert all(r.status == "finished" for r in records())  # those that were interrupted were gone on with
+
+
+@pytest.mark.slow
+def test_two_commands_share_a_search_and_one_may_be_killed(search: Any, stages_root: Path, tmp_path: Path) -> None:
+    words = [*WORDS, f"stages.root={stages_root}", LR, "trainer.steps=30", "trainer.log_every=1", *ACCURACY,
+             "--trials", "7", "--json"]  # fmt: skip
+    command = [sys.executable, "-m", "filtrun", "search", *words]
+    more: Any = {"text": True, "env": {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}}
+    parts = []
+    for name in ("one", "two"):
+        with (tmp_path / name).open("w") as log:
+            parts.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, **more))
+    deadline = time.monotonic() + 120
+    while not all("trial" in (tmp_path / n).read_text() for n in ("one", "two")) and time.monotonic() < deadline:
+        time.sleep(0.01)  # each has done its first
+    parts[0].kill()
+    out, _ = parts[1].communicate(timeout=120)
+    parts[0].communicate()
+    assert parts[1].returncode == 0, (tmp_path / "two").read_text()
+    told = json.loads(out)
+    assert (
+        told["tried"] == 7
+        and {t["state"] for t in told["trials"]} == {"complete"}
+        and told == found() | {"command": told["command"]}
+    )
+    ends = [
+        line.split()[1] for n in ("one", "two") for line in (tmp_path / n).read_text().splitlines() if "trial" in line
+    ]
+    assert len(ends) == len(set(ends)) == 7 and set(map(int, ends)) == {t["number"] for t in told["trials"]}
+    rates = sorted(t["params"]["trainer.lr"] for t in told["trials"])
+    assert sorted(r.config["trainer"]["lr"] for r in records() if r.status == "finished") == rates

@@ -30,6 +30,8 @@ def test_space_is_read() -> None:
     assert [(d.kind, d.values) for d in space] == [("log", (1e-4, 0.1)), ("int", (1, 3)), ("choice", ("2", "4"))]
     points = grid(space[1:])
     assert len(points) == 6 and points[1] == {"k": 1, "r": "4"}
+    lists, _ = parse_space(["t=choice([7,8], 9, 'a,b', {c: 1, d: 2})"])
+    assert lists[0].values == ("[7,8]", "9", "'a,b'", "{c: 1, d: 2}")
     assert overrides({"a": 1e-05, "k": 2, "r": "x"}) == ["a=1e-05", "k=2", "r=x"]
 
 
