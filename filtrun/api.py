@@ -38,7 +38,8 @@ def register_resolvers() -> None:
 def with_default_model(overrides: Sequence[str]) -> list[str]:
     """Add the choices that go without saying.
 
-    A task named without a model gets its usual one (``task=classify`` means ``model=resnet20``); a model that starts
+    A task named without a model gets its usual one (``task=classify`` means ``model=resnet20``), unless a method picks
+    one; a model that starts
     from nothing and is named without a method is trained in full (``model=espcn`` means ``method=full``). Training
     options of the base may be set (``pretrain.steps=600``) whether or not a recipe has set them before. A recipe that
     is named brings the model, task and method of its defaults list (Hydra would read its list too late for that).
@@ -60,7 +61,8 @@ def with_default_model(overrides: Sequence[str]) -> list[str]:
             overrides = [*overrides, f"{group}={name}"]
             chosen.add(group)
     tasks = [o.partition("=")[2] for o in overrides if o.startswith("task=")]
-    if tasks and "model" not in chosen and not any(o.startswith("method=") for o in overrides):
+    methods = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
+    if tasks and "model" not in chosen and not any(map(_picks_model, methods)):
         fits = {e.name: e.tasks for e in entries("models")}
         for default in ("unet", "resnet20", "espcn", *fits):
             if tasks[-1] in fits.get(default, ()):
@@ -72,6 +74,17 @@ def with_default_model(overrides: Sequence[str]) -> list[str]:
         if all(bases.get(name) == "scratch" for name in models[-1].split(",")):
             return [*overrides, "method=full"]
     return list(overrides)
+
+
+def _picks_model(methods: str) -> bool:
+    """Whether one of ``sara`` or ``[sara,apg]`` says in its config which model it is for, or is not filtrun's own."""
+    from filtrun.catalogue import conf_dir, read_entry
+
+    for name in methods.strip("[]").split(","):
+        path = conf_dir() / "method" / f"{name.strip()}.yaml"
+        if not path.is_file() or "model" in read_entry("methods", name, path).picks:
+            return True
+    return False
 
 
 def plain(config: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "methods": "method", "models": "model", "data": "data", "tasks": "task", "papers": "paper",
-    "loggers": "logger", "recipes": "recipe", "scales": "scale", "trainer": "trainer",
+    "loggers": "logger", "recipes": "recipe", "scales": "scale", "sweeps": "sweep", "trainer": "trainer",
 }  # fmt: skip
 """Kind of entry -> folder of ``conf``."""
 
@@ -218,7 +218,7 @@ def read_entry(kind: str, name: str, path: Path) -> Entry:
             raise UserError(f"{path} is no mapping of keys")
         if kind == "papers":
             _ = entry.card
-        else:
+        elif kind != "sweeps":
             whole = bool(re.search(r"^# *@package +_global_", text, re.M))
             _fill(entry, entry.content or {}, whole)
     except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filtrun.errors import Interrupted, RunFailure, UserError
+from filtrun.errors import Interrupted, RunFailure, Unfit, UserError
 
 VERBS = {
     "list": "filtrun.verbs.list_",
@@ -31,6 +30,10 @@ FLAGS_WITH_VALUE = (
     "--experimental-rerun",
 )  # fmt: skip
 """Hydra's flags that a word of their own follows."""
+SHOWING = (
+    "--cfg", "-c", "--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc",
+)  # fmt: skip
+"""Hydra's flags that show something and run nothing."""
 FLAGS = (
     *FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
     "--shell-completion", "-sc", "--info", "-i", "--dry-run",
@@ -71,6 +74,12 @@ def run_command(arguments: list[str]) -> int:
     dry = "--dry-run" in arguments
     fail_fast = "--fail-fast" in arguments
     flags, overrides = split_arguments([a for a in arguments if a not in ("--dry-run", "--fail-fast")])
+    shows = any(flag.partition("=")[0] in SHOWING for flag in flags)
+    sweeps = {"-m", "--multirun"} & set(flags) or any(word.startswith(("sweep=", "rows=")) for word in overrides)
+    if sweeps and not shows:
+        return _sweep(flags, overrides, dry=dry, fail_fast=fail_fast)
+    if fail_fast:
+        raise UserError("--fail-fast goes with -m: it ends a sweep at the first cell that fails")
     overrides = _resumed(overrides)
     from filtrun.api import register_resolvers, with_default_model
     from filtrun.catalogue import conf_dir
@@ -83,9 +92,7 @@ def run_command(arguments: list[str]) -> int:
         job: Any = DryRun()
         more += job.overrides()
     else:
-        job = Job(multirun="-m" in flags or "--multirun" in flags, fail_fast=fail_fast)
-        if fail_fast and not job.multirun:
-            raise UserError("--fail-fast goes with -m: it ends a sweep at the first cell that fails")
+        job = Single()
     if int(os.environ.get("RANK", "0")) > 0:
         import tempfile  # a process started by torchrun beside the first one keeps out of the run folder
 
@@ -108,6 +115,23 @@ def run_command(arguments: list[str]) -> int:
     finally:
         sys.argv = before
     return job.close()
+
+
+def _sweep(flags: list[str], words: list[str], *, dry: bool, fail_fast: bool) -> int:
+    """Many runs: filtrun composes the cells itself, which costs a few milliseconds each."""
+    from filtrun.sweeps.command import read_command, run_sweep
+
+    sweep = read_command(flags, words)
+    if not dry:
+        return run_sweep(sweep, fail_fast=fail_fast)
+    from filtrun.verbs.dry_run import DryRun
+
+    run = DryRun(sweep=True)
+    for job, reason in sweep.skipped:
+        run.skip(job.label, Unfit(reason))
+    for job in sweep.jobs:
+        run.cell(job.label, job.config, job.choices)
+    return run.close()
 
 
 class _folder_errors:
@@ -165,18 +189,14 @@ def _resumed(arguments: list[str]) -> list[str]:
     return [*made, *rest, f"hydra.run.dir='{quoted}'"]
 
 
-class Job:
-    """What Hydra calls for each composed configuration; remembers how it went."""
+class Single:
+    """What Hydra calls with the composed configuration of one run; remembers how it went."""
 
-    def __init__(self, multirun: bool, fail_fast: bool = False) -> None:
-        self.multirun = multirun
-        self.fail_fast = fail_fast
-        self.later: list[Any] = []
-        self.codes: list[int] = []
-        self.cells: list[tuple[str, Any]] = []
+    def __init__(self) -> None:
+        self.code = 0
 
     def run(self, config: Any) -> None:
-        """Carry out one configuration and print its table; a failing cell does not stop a sweep."""
+        """Carry out the configuration and print its table."""
         from hydra.core.hydra_config import HydraConfig
 
         from filtrun.api import plain
@@ -186,45 +206,18 @@ class Job:
         overrides = [str(o) for o in hydra.overrides.task]
         try:
             values, choices = plain(_with_hydra(config, hydra))
-            if self.multirun and (self.fail_fast or (isinstance(values["workers"], int) and values["workers"] > 1)):
-                from filtrun import sweep
-
-                folder = Path(hydra.runtime.output_dir)
-                self.later.append(sweep.Job(" ".join(overrides), tuple(overrides), values, choices, folder))
-                return
-            record = execute(values, choices, Path(hydra.runtime.output_dir), overrides, cell=self.multirun)
-        except Interrupted as error:  # whoever stops a sweep does not mean one cell; Hydra would go on to the next
+            record = execute(values, choices, Path(hydra.runtime.output_dir), overrides)
+        except Interrupted as error:
             raise KeyboardInterrupt from error
         except (UserError, RunFailure) as error:
-            self.codes.append(complain(error))
-            self.cells.append((" ".join(overrides), None))
+            self.code = complain(error)
             return
-        self.codes.append(0)
-        self.cells.append((" ".join(overrides), record))
         if int(os.environ.get("RANK", "0")) == 0:
             _print_result(record)
 
     def close(self) -> int:
-        """The exit code of all jobs: a failure (1) outweighs a user's mistake (2)."""
-        if self.later:
-            self._on_workers()
-        if self.multirun and self.cells:
-            failed = sum(record is None for _, record in self.cells)
-            print(f"{len(self.cells)} cells: {len(self.cells) - failed} finished, {failed} failed")
-        return 1 if 1 in self.codes else max(self.codes, default=0)
-
-    def _on_workers(self) -> None:
-        """Run the cells that were put aside, several at a time."""
-        from filtrun.sweeps.view import run_shown
-
-        jobs = list({job.folder: job for job in self.later}.values())
-        same = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-        jobs = [dataclasses.replace(j, label=" ".join(o for o in j.overrides if o not in same)) for j in jobs]
-        outcomes = run_shown(jobs, max(job.config["workers"] for job in jobs), fail_fast=self.fail_fast)
-        self.codes += [0 if outcome.record else 1 for outcome in outcomes]
-        self.cells += [(outcome.job.label, outcome.record) for outcome in outcomes]
-        if len(outcomes) < len(jobs):
-            print(f"stopped at the first failure: {len(jobs) - len(outcomes)} cells were not run", file=sys.stderr)
+        """The exit code."""
+        return self.code
 
 
 def _with_hydra(config: Any, hydra: Any) -> Any:

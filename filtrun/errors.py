@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class Unfit(UserError):
-    """What was asked for cannot be done on this kind of model: another model, or another option, can."""
+    """Parts that do not go together: a method on a model it cannot edit, say. A sweep skips such a cell."""
 
 
 class RunFailure(Exception):

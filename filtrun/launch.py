@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filtrun.errors import Busy, Interrupted, RunFailure, Stopped, UserError
+from filtrun.errors import Busy, Interrupted, RunFailure, Stopped, Unfit, UserError
 from filtrun.record import FILE, Record
 from filtrun.stopping import stops_at
 
@@ -35,7 +35,8 @@ def execute(
 
     A folder that holds this run finished is not run again (``force=true`` does, keeping the old files aside); one
     that holds it unfinished is resumed; one that holds another run is refused, unless it is the folder of a sweep's
-    `cell` that did not finish, by other code say: its files are kept aside and it is done anew.
+    `cell` that did not finish, by other code say: its files are kept aside and it is done anew. A cell whose parts do
+    not go together is recorded as skipped.
 
     Raises:
         UserError, RunFailure: after the reason was written into the record, where the folder is this run's.
@@ -80,7 +81,10 @@ def execute(
         failure = explain(error, folder)
         log.error("%s\n%s", failure, traceback.format_exc())
         if owned:
-            record.status = "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
+            skipped = cell and isinstance(error, Unfit)
+            record.status = (
+                "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "skipped" if skipped else "failed"
+            )
             record.error = str(failure)
             try:
                 record.write()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filtrun.build import build, resolve, typed
 from filtrun.cells import MACHINE_KEYS, MACHINE_OPTIONS, without_later
-from filtrun.errors import UserError, unknown
+from filtrun.errors import Unfit, UserError, unknown
 from filtrun.loggers import Logger
 from filtrun.method import Method
 from filtrun.options import check_options
@@ -176,25 +176,25 @@ def _only_samples(methods: list[Method]) -> bool:
 
 
 def check_fit(plan: Plan) -> None:
-    """Raise UserError when model, task and methods do not go together, naming what would."""
+    """Raise Unfit when model, task and methods do not go together, naming what would; UserError for missing options."""
     owners = [method.slug for method in plan.methods if method.own_step is not None]
     if len(owners) > 1:  # before their tasks, which may differ too
-        raise UserError(f"method={owners[0]} and method={owners[1]} both own the training step; use one of them")
+        raise Unfit(f"method={owners[0]} and method={owners[1]} both own the training step; use one of them")
     kind, model = plan.task.kind, plan.choices.get("model", "model")
     tasks = plan.config["model"].get("tasks") or [kind]
     if kind not in tasks:
-        raise UserError(f"model={model} does task={' or '.join(tasks)}, not task={kind}; {_models_for(kind)}")
+        raise Unfit(f"model={model} does task={' or '.join(tasks)}, not task={kind}; {_models_for(kind)}")
     plan.task.check_data(plan.data)
     for method in plan.methods:
         node = plan.config["method"][method.slug]
         fits = (node.get("needs") or {}).get("tasks") or method.tasks
         if fits is not None and kind not in fits:
-            raise UserError(
+            raise Unfit(
                 f"method={method.slug} works with task={' or '.join(fits)}, not task={kind}; {_models_for(fits[0])}"
             )
     rules = [method.slug for method in plan.methods if method.combines]
     if len(rules) > 1:
-        raise UserError(
+        raise Unfit(
             f"method={rules[0]} and method={rules[1]} both say how the conditional and the unconditional prediction "
             "are combined; use one of them"
         )

@@ -16,7 +16,8 @@ from typing import Any
 
 from filtrun.cells import cell_digest
 from filtrun.composed import kept, stamp
-from filtrun.errors import Busy, Interrupted, RunFailure, UserError
+from filtrun.errors import Busy, Interrupted, RunFailure, Unfit, UserError
+from filtrun.record import FILE
 from filtrun.shared_base import composed_on_base
 
 POLL = 1.0
@@ -36,13 +37,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: its record, or why there is none; `cached`: it had been there already."""
+    """How a cell ended: its record, or why there is none; `cached`: it had been there already.
+
+    `code` is what the command would exit with for this cell alone: 0, 1 for a failure, 2 for a user's mistake. A cell
+    whose parts do not go together is `skipped`, which is neither.
+    """
 
     job: Job
     record: Any = None
     error: str = ""
     seconds: float = 0.0
     cached: bool = False
+    code: int = 0
+    skipped: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether there should be a record of it and is none."""
+        return self.record is None and not self.skipped
 
 
 def make_jobs(
@@ -96,6 +108,7 @@ def run_jobs(
     *,
     workers: int | None = None,
     fail_fast: bool = False,
+    quiet: bool = True,
 ) -> list[Outcome]:
     """Do the jobs; one that fails does not stop the others. A cell another process is at is waited for, last.
 
@@ -105,6 +118,7 @@ def run_jobs(
     Args:
         workers: so many processes at a time, each of which may die hard; None: one after the other in this process.
         fail_fast: stop at the first failure; cells that were not run have no outcome.
+        quiet: show no progress bars for cells of this process.
 
     Raises:
         RunFailure: workers end before they begin a cell.
@@ -118,13 +132,13 @@ def run_jobs(
         busy = []
         for job in waiting:
             starts(len(outcomes), job)
-            outcome = run_job(job)
+            outcome = run_job(job, quiet=quiet)
             if outcome is None:
                 busy.append(job)
             else:
                 outcomes.append(outcome)
                 ended(len(outcomes), outcome)
-                if fail_fast and outcome.record is None:
+                if fail_fast and outcome.failed:
                     return outcomes
         if len(busy) == len(waiting):
             time.sleep(POLL)
@@ -132,30 +146,44 @@ def run_jobs(
     return outcomes
 
 
-def run_job(job: Job, sweep: str = "", begins: Callable[[], bool] = lambda: True) -> Outcome | None:
+def run_job(
+    job: Job, sweep: str = "", begins: Callable[[], bool] = lambda: True, *, quiet: bool = True
+) -> Outcome | None:
     """One cell in its folder, by the launch path of the command line; None when another process is running it.
 
     Args:
         sweep: name of the sweep the cell's claim is held for.
         begins: called when the claim is ours; the cell is left alone when it says no.
+        quiet: show no progress bar.
     """
     from filtrun.launch import execute
     from filtrun.sweeps.claims import claimed
 
     started = time.perf_counter()
-    record, error = None, ""
+    before = changed(job)
+    record, error, code, skipped = None, "", 0, False
     try:
         with claimed(job.folder, sweep) as ours, alone():
             if not ours or not begins():
                 return None
-            record = execute(job.config, job.choices, job.folder, list(job.overrides), quiet=True, cell=True)
+            record = execute(job.config, job.choices, job.folder, list(job.overrides), quiet=quiet, cell=True)
     except Busy:
         return None
     except Interrupted as stop:
         raise KeyboardInterrupt from stop
     except (UserError, RunFailure) as failure:
         error = str(failure).strip() or type(failure).__name__
-    return Outcome(job, record, error, time.perf_counter() - started)
+        code, skipped = failure.exit_code, isinstance(failure, Unfit)
+    cached = record is not None and before is not None and before == changed(job)
+    return Outcome(job, record, error, time.perf_counter() - started, cached, 0 if skipped else code, skipped)
+
+
+def changed(job: Job) -> int | None:
+    """When a cell's record was written last; None when there is none."""
+    try:
+        return (job.folder / FILE).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 @contextmanager

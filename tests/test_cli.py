@@ -85,7 +85,10 @@ def test_a_dry_run_writes_nothing_and_builds_every_cell(tmp_path: Path, cli: Any
     assert done.out.count("method=full") == 2 and " 64 " in done.out  # four steps of sixteen images
     assert os.listdir(tmp_path) == []
     wrong = cli("--dry-run", "scale=smoke", "method=sara,linear_probe", "model=unet", "-m")
-    assert wrong.code == 2 and "works with task=classify" in wrong.err and "1 cells would run" in wrong.out
+    assert wrong.code == 0 and "linear_probe: skipped: method=linear_probe works with task=classify" in wrong.err
+    assert "1 cells would run" in wrong.out and "1 skipped" in wrong.out
+    alone = cli("--dry-run", "scale=smoke", "method=linear_probe", "model=unet")
+    assert alone.code == 2 and "works with task=classify" in alone.err
     assert os.listdir(tmp_path) == []
 
 

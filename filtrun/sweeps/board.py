@@ -104,7 +104,7 @@ class Board:
         return None
 
     def end(self, number: int, **how: Any) -> None:
-        """A cell ended: ``error`` (empty when it finished), ``seconds`` and ``cached``."""
+        """A cell ended: ``error`` (empty when it finished) and the other facts of `Outcome`."""
         _write(self.folder / "ended" / str(number), how)
 
     def ended(self, number: int) -> bool:

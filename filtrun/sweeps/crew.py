@@ -38,7 +38,7 @@ class Crew(Pool):
         for number, how in self.board.news(set(self.outcomes)):
             job = self.jobs[number]
             record = None if how["error"] else Record.read(job.folder)
-            self.outcomes[number] = Outcome(job, record, how["error"], how["seconds"], how["cached"])
+            self.outcomes[number] = Outcome(job, record, **how)
             found.append((number, self.outcomes[number]))
         self._hire()
         return found

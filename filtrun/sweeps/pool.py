@@ -81,9 +81,9 @@ class Pool:
                 for number, how in self.board.news(set(self.outcomes)):
                     job = self.jobs[number]
                     record = None if how["error"] else _read(job.folder)
-                    self.outcomes[number] = Outcome(job, record, how["error"], how["seconds"], how["cached"])
+                    self.outcomes[number] = Outcome(job, record, **how)
                     ended(len(self.outcomes), self.outcomes[number])
-                    if fail_fast and how["error"]:
+                    if fail_fast and self.outcomes[number].failed:
                         return list(self.outcomes.values())
                 if len(self.outcomes) == len(self.jobs):
                     return list(self.outcomes.values())
@@ -167,11 +167,11 @@ class Pool:
         if dead is not None and mine is None:
             return
         try:
-            error = mark_failed(job, error)
+            error = mark(job, "failed", error)
         finally:
             if mine is not None:
                 release(path, mine)
-        self.board.end(number, error=error, seconds=0.0, cached=False)
+        self.board.end(number, error=error, seconds=0.0, code=1 if error else 0)
 
     def close(self) -> None:
         """Stop the workers, which note what they were at as interrupted, and take the board away."""
@@ -194,8 +194,8 @@ def _same(one: Holder, other: Holder) -> bool:
     return (one.host, one.pid, one.started, one.sweep) == (other.host, other.pid, other.started, other.sweep)
 
 
-def mark_failed(job: Job, error: str) -> str:
-    """Write into a cell's record that it failed, and return why; empty when it had finished all the same."""
+def mark(job: Job, status: str, error: str) -> str:
+    """Write into a cell's record, and return, why it failed or is skipped; empty when it had finished all the same."""
     path = job.folder / FILE
     if path.exists():
         record = Record.read(job.folder)
@@ -207,7 +207,7 @@ def mark_failed(job: Job, error: str) -> str:
         record = Record(job.folder, overrides=list(job.overrides), config=config, seed=config["seed"])
         record.data, record.task = job.choices.get("data", ""), job.choices.get("task", "")
         record.model, record.methods = job.choices.get("model", ""), list(config.get("method") or {})
-    record.status, record.error = "failed", error
+    record.status, record.error = status, error
     record.write()
     return error
 

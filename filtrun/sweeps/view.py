@@ -6,12 +6,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from filtrun.errors import Interrupted
 from filtrun.report import units
+from filtrun.report.sheet import metric_facts
 from filtrun.sweep import Job, Outcome, run_jobs
 
 
 def run_shown(jobs: Sequence[Job], workers: int, *, fail_fast: bool = False) -> list[Outcome]:
-    """Run a sweep on `workers` processes and tell on stderr how it goes. Raises KeyboardInterrupt when stopped."""
+    """Run a sweep and tell on stderr how it goes: with one worker in this process, each cell with its progress bar.
+
+    Raises KeyboardInterrupt (from Interrupted) when stopped.
+    """
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
@@ -19,36 +24,81 @@ def run_shown(jobs: Sequence[Job], workers: int, *, fail_fast: bool = False) -> 
     began = time.perf_counter()
     width = len(str(len(jobs)))
     workers = min(workers, len(jobs))
-    with console.status("starting workers") as status:
+    status = console.status("starting workers") if workers > 1 else None
 
-        def starts(done: int, job: Job) -> None:
+    def starts(done: int, job: Job) -> None:
+        if status is not None:
             status.update(summary(ended_cells, len(jobs), workers, time.perf_counter() - began))
 
-        def ended(done: int, outcome: Outcome) -> None:
-            ended_cells.append(outcome)
-            line = f"{done:>{width}}/{len(jobs)} {outcome.job.label}: {told(outcome)}"
-            console.print(line, style="" if outcome.record else "red", markup=False, soft_wrap=True)
-            starts(done, outcome.job)
+    def ended(done: int, outcome: Outcome) -> None:
+        ended_cells.append(outcome)
+        line = f"{done:>{width}}/{len(jobs)} {outcome.job.label}: {told(outcome)}"
+        console.print(line, style=style(outcome), markup=False, soft_wrap=True)
+        starts(done, outcome.job)
 
-        return run_jobs(jobs, starts, ended, workers=workers, fail_fast=fail_fast)
+    try:
+        if status is None:
+            return run_jobs(jobs, starts, ended, fail_fast=fail_fast, quiet=False)
+        with status:
+            return run_jobs(jobs, starts, ended, workers=workers, fail_fast=fail_fast)
+    except KeyboardInterrupt as stop:
+        done = f"interrupted after {len(ended_cells)} of {len(jobs)} cells; the same command goes on"
+        raise KeyboardInterrupt from Interrupted(done).with_traceback(stop.__traceback__)
 
 
 def told(outcome: Outcome) -> str:
-    """How a cell ended, in one line: its first metric, or why it failed."""
+    """How a cell ended, in one line: its first metric, or why there is none."""
     if outcome.record is None:
-        return f"failed: {outcome.error.strip().splitlines()[0]}"
-    metrics: dict[str, Any] = outcome.record.metrics
-    first = next((f", {n.partition('/')[2]} {v:.4g}" for n, v in metrics.items() if n.startswith("test/") and v), "")
-    return ("there already" if outcome.cached else f"finished in {units.duration(outcome.seconds)}") + first
+        return f"{'skipped' if outcome.skipped else 'failed'}: {outcome.error.strip().splitlines()[0]}"
+    name, value = first_metric(outcome)
+    return ("there already" if outcome.cached else f"finished in {units.duration(outcome.seconds)}") + (
+        f", {name} {value:.4g}" if name else ""
+    )
+
+
+def style(outcome: Outcome) -> str:
+    """The colour of a cell's line."""
+    return "red" if outcome.failed else "yellow" if outcome.skipped else ""
+
+
+def counted(outcomes: Sequence[Outcome]) -> str:
+    """How many cells there are of each kind."""
+    failed, skipped = sum(o.failed for o in outcomes), sum(o.skipped for o in outcomes)
+    done = f"{len(outcomes)} cells: {len(outcomes) - failed - skipped} finished, {failed} failed"
+    return done + (f", {skipped} skipped" if skipped else "")
+
+
+def first_metric(outcome: Outcome) -> tuple[str, float]:
+    """Name and value of the first test metric of a cell that finished; an empty name when there is none."""
+    metrics: dict[str, Any] = outcome.record.metrics if outcome.record else {}
+    found = ((n.partition("/")[2], v) for n, v in metrics.items() if n.startswith("test/") and v is not None)
+    return next(found, ("", 0.0))
+
+
+def best(ended: Sequence[Outcome]) -> str:
+    """The best cell so far by its first metric; empty unless all that finished solve one task on one data set."""
+    done = [o for o in ended if o.record is not None and first_metric(o)[0]]
+    kinds = {(first_metric(o)[0], o.job.choices.get("data"), o.job.config["task"]["_target_"]) for o in done}
+    if len(done) < 2 or len(kinds) != 1:
+        return ""
+    ((name, _, task),) = kinds
+    fact = metric_facts([task]).get(name)
+    if fact is None or fact.better not in ("lower", "higher"):
+        return ""
+    top = (min if fact.better == "lower" else max)(done, key=lambda o: first_metric(o)[1])
+    return f"best: {name} {first_metric(top)[1]:.4g} ({top.job.label})"
 
 
 def summary(ended: Sequence[Outcome], cells: int, workers: int, seconds: float) -> str:
-    """Done, running, failed, cached and the time left."""
-    failed, cached = sum(o.record is None for o in ended), sum(o.cached for o in ended)
+    """Done, running, failed, cached, the time left and the best so far."""
+    failed, cached = sum(o.failed for o in ended), sum(o.cached for o in ended)
+    skipped = sum(o.skipped for o in ended)
     parts = [f"{len(ended)}/{cells} done", f"{min(workers, cells - len(ended))} running"]
     parts += [f"{failed} failed"] if failed else []
+    parts += [f"{skipped} skipped"] if skipped else []
     parts += [f"{cached} there already"] if cached else []
-    worked = len(ended) - cached
+    worked = len(ended) - cached - skipped
     if worked and len(ended) < cells:
         parts.append(f"about {units.duration(seconds / worked * (cells - len(ended)))} left")
-    return ", ".join(parts)
+    top = best(ended)
+    return ", ".join(parts) + (f"; {top}" if top else "")

@@ -62,14 +62,13 @@ def _wait(news: Callable[[], bool]) -> None:
 
 def _cell(board: Board, name: str, number: int, job: Job, since: float) -> bool:
     """Run one cell and say how it ended; False when it is in other hands."""
-    before = _changed(job)
 
     def begins() -> bool:
         if board.ended(number):
             return False
         error = failed_since(job, since)
         if error is not None:  # another sweep has just tried
-            board.end(number, error=error, seconds=0.0, cached=False)
+            board.end(number, error=error, seconds=0.0, code=1)
             return False
         board.begin(name, number)
         return True
@@ -77,8 +76,10 @@ def _cell(board: Board, name: str, number: int, job: Job, since: float) -> bool:
     outcome = run_job(job, board.folder.name, begins)
     if outcome is None:
         return board.ended(number)
-    cached = outcome.record is not None and before == _changed(job)
-    board.end(number, error=outcome.error, seconds=outcome.seconds, cached=cached)
+    board.end(
+        number, error=outcome.error, seconds=outcome.seconds, cached=outcome.cached, code=outcome.code,
+        skipped=outcome.skipped,
+    )  # fmt: skip
     return True
 
 
@@ -91,13 +92,6 @@ def failed_since(job: Job, since: float) -> str | None:
     except (OSError, UserError):
         return None
     return str(record.error) if record.status == "failed" else None
-
-
-def _changed(job: Job) -> int | None:
-    try:
-        return (job.folder / FILE).stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 def _ends_with_its_parent() -> None:

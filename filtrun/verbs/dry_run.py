@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from filtrun.cli import complain
-from filtrun.errors import RunFailure, UserError
+from filtrun.errors import RunFailure, Unfit, UserError
 
 
 class DryRun:
     """Stands in for the job of a real run: builds each cell, writes nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, sweep: bool = False) -> None:
+        self.sweep, self.skipped = sweep, 0
         self.folder = tempfile.TemporaryDirectory(prefix="filtrun-dry-")
         self.rows: list[dict[str, Any]] = []
         self.codes: list[int] = []
@@ -32,11 +34,30 @@ class DryRun:
         hydra = HydraConfig.get()
         cell = " ".join(str(o) for o in hydra.overrides.task) or "(defaults)"
         try:
-            self.rows.append({"cell": cell, **estimate(*plain(_with_hydra(config, hydra)))})
-            self.codes.append(0)
-        except (UserError, RunFailure) as error:
-            print(f"{cell}:")
+            values, choices = plain(_with_hydra(config, hydra))
+        except UserError as error:
             self.codes.append(complain(error))
+            return
+        self.cell(cell, values, choices)
+
+    def cell(self, label: str, config: dict[str, Any], choices: dict[str, str]) -> None:
+        """Build a cell that is composed."""
+        try:
+            self.rows.append({"cell": label, **estimate(config, choices)})
+            self.codes.append(0)
+        except Unfit as error:
+            self.skip(label, error)
+        except (UserError, RunFailure) as error:
+            print(f"{label}:")
+            self.codes.append(complain(error))
+
+    def skip(self, label: str, reason: Unfit) -> None:
+        """Tell of a cell whose parts do not go together: a mistake where it is the only one, skipped in a sweep."""
+        if self.sweep:
+            print(f"{label}: skipped: {str(reason).splitlines()[0]}", file=sys.stderr)
+            self.skipped += 1
+        else:
+            self.codes.append(complain(reason))
 
     def close(self) -> int:
         """Print the table and return the exit code."""
@@ -56,8 +77,11 @@ class DryRun:
         known = [row["seconds"] for row in self.rows if row["seconds"] is not None]
         total = f", about {sum(known):.0f} s for the {len(known)} cells with earlier runs" if known else ""
         flops = sum(row["flops"] for row in self.rows)
-        print(f"{len(self.rows)} cells would run ({flops:.2e} floating-point operations of training{total})")
-        return max(self.codes, default=0)
+        print(
+            f"{len(self.rows)} cells would run ({flops:.2e} floating-point operations of training{total})"
+            + (f", {self.skipped} skipped" if self.skipped else "")
+        )
+        return max(self.codes, default=2 if self.skipped else 0)
 
 
 def estimate(config: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:

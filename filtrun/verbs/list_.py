@@ -23,7 +23,9 @@ _TITLES = {"methods": "Methods", "models": "Models", "data": "Data sets", "tasks
 def main(argv: Sequence[str]) -> int:
     """List the kinds asked for (``methods``, ``methods,papers``; all of them when none is); returns the exit code."""
     parser = Parser("list", __doc__ or "")
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(SHOWN)}, loggers, recipes or scales")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help=f"{', '.join(SHOWN)}, sweeps, loggers, recipes or scales"
+    )
     parser.add_argument("--family", metavar="NAME,NAME", help="only these families, such as peft,pruning")
     parser.add_argument("--status", metavar="STATUS", help=f"only what is {' or '.join(STATUSES)}")
     parser.add_json()

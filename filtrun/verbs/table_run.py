@@ -12,6 +12,7 @@ from filtrun.report import units
 from filtrun.report.grid import Grid, Slot, find_records
 from filtrun.report.units import plain
 from filtrun.sweep import Job, Outcome, run_jobs
+from filtrun.sweeps.view import counted, style, told
 
 
 def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False, workers: int | None = None) -> int:
@@ -44,9 +45,8 @@ def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False, 
 
         def ended(done: int, outcome: Outcome) -> None:
             ended_cells.append(outcome)
-            told = f"finished in {units.duration(outcome.seconds)}" if outcome.record else f"failed: {outcome.error}"
-            line = f"{done:>{width}}/{len(jobs)} {name(outcome.job)}: {plain(told).splitlines()[0]}"
-            console.print(line, style="" if outcome.record else "red", markup=False, soft_wrap=True)
+            line = f"{done:>{width}}/{len(jobs)} {name(outcome.job)}: {plain(told(outcome))}"
+            console.print(line, style=style(outcome), markup=False, soft_wrap=True)
 
         try:
             outcomes = run_jobs(jobs, starts, ended, workers=workers)
@@ -56,20 +56,20 @@ def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False, 
     find_records(slots, sweep_dir)
     _note_failures(slots, outcomes)
     _sum_up(console, outcomes)
-    return sum(outcome.record is None for outcome in outcomes) + sum(len(grid.problems) for grid in grids)
+    return sum(outcome.failed for outcome in outcomes) + sum(len(grid.problems) for grid in grids)
 
 
 def _note_failures(slots: Sequence[Slot], outcomes: Sequence[Outcome]) -> None:
     """A cell that was refused before it had a record is failed too."""
-    errors = {o.job.folder: o.error for o in outcomes if o.record is None}
+    left = {o.job.folder: o for o in outcomes if o.record is None}
     for slot in slots:
-        if slot.job.folder in errors:
-            slot.state, slot.error = "failed", errors[slot.job.folder].splitlines()[0]
+        outcome = left.get(slot.job.folder)
+        if outcome is not None:
+            slot.state, slot.error = "skipped" if outcome.skipped else "failed", outcome.error.splitlines()[0]
 
 
 def _sum_up(console: Any, outcomes: Sequence[Outcome]) -> None:
     if not outcomes:
         return
-    failed = [o for o in outcomes if o.record is None]
     took = units.duration(sum(o.seconds for o in outcomes))
-    console.print(f"{len(outcomes)} cells: {len(outcomes) - len(failed)} finished, {len(failed)} failed, in {took}")
+    console.print(f"{counted(outcomes)}, in {took}")

@@ -191,7 +191,7 @@ def test_who_stops_a_grid_stops_all_of_it(
     monkeypatch.setattr("filtrun.tasks.classify.Classify.loss", stop)
     words = [*CLASSIFY, "model.base=scratch", "method=full", "seed=0,1", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     done = smoke(*words)
-    assert done.code == 1 and "interrupted; go on with: filtrun resume=" in done.err
+    assert done.code == 1 and "interrupted after 0 of 2 cells; the same command goes on" in done.err
     assert [record(p.parent)["status"] for p in tmp_path.glob("sweep/*/record.json")] == ["interrupted"]
 
 

@@ -128,12 +128,12 @@ def test_workers_that_cannot_begin_are_told(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_dead_worker_s_cell_has_a_record_even_when_it_had_none(tmp_path: Path) -> None:
     (job,) = jobs(tmp_path / "cells", (3,))
-    assert pool.mark_failed(job, "worker died: exit code 3") == "worker died: exit code 3"
+    assert pool.mark(job, "failed", "worker died: exit code 3") == "worker died: exit code 3"
     record = Record.read(job.folder)
     assert (record.status, record.seed, record.data, record.key) == ("failed", 3, "digits", "")
     record.status, record.error = "finished", None
     record.write()
-    assert pool.mark_failed(job, "x") == "" and Record.read(job.folder).status == "finished"
+    assert pool.mark(job, "failed", "x") == "" and Record.read(job.folder).status == "finished"
 
 
 def test_what_is_told_of_a_sweep(tmp_path: Path) -> None:
