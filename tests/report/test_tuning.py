@@ -167,7 +167,7 @@ def test_the_gallery_too(cards: Any, outputs: Path, run_sweeps: Path) -> None:
 def test_the_report_page_too(outputs: Path) -> None:
     data = gather(outputs)
     assert {(r["methods"], r["tuning"], r["trials"]) for r in data["runs"]} == {
-        ("full", LONG, 24), ("linear_probe", "no search on record", 0), ("none", "no search on record", 0),
+        ("full", "24 trials", 24), ("linear_probe", "no search on record", 0), ("none", "no search on record", 0),
     }  # fmt: skip
     assert data["tuning"] == {
         "line": f"tuning budget: full: {LONG}; linear_probe, none: no search on record",

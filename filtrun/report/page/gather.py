@@ -45,7 +45,10 @@ def gather(folder: Path, where: Iterable[str] = (), image_bytes: int = 5_200_000
     check_keys("--where", (c.key for c in conditions), found.records)
     records = sorted((r for r in found.records if matches(r, conditions)), key=_place)
     searches = read_searches(folder)
-    runs = [_run(record, folder) | _tuning(record, searches) for record in records]
+    runs = [
+        _run(record, folder) | _tuning(record, searches) | {"group": group}
+        for record, group in zip(records, groups_of(records), strict=True)
+    ]
     folders = [Path(record["folder"]) for record in records]
     images = Images(image_bytes)
     for run, pictures in zip(runs, images.add([(f, r.get("artifacts") or ()) for f, r in zip(folders, records,
@@ -74,7 +77,7 @@ def _place(record: Record) -> list[tuple[int, float, str]]:
 
 
 def _run(record: Record, folder: Path) -> dict[str, Any]:
-    """What is a run's own: names, numbers, and which runs differ from it only in their seed (`group`)."""
+    """What is a run's own: names and numbers."""
     place = Path(record["folder"])
     name = str(place.relative_to(folder)) if place.is_relative_to(folder) else str(place)
     return {
@@ -90,7 +93,6 @@ def _run(record: Record, folder: Path) -> dict[str, Any]:
         "command": _text("filtrun " + " ".join(map(str, record.get("overrides") or ())), ERROR),
         "error": _text(record["error"], ERROR) if record.get("error") else "",
         "cell": record["cell"],
-        "group": group_of(record),
         "metrics": _numbers(record.get("metrics")),
         "cost": _numbers(record.get("cost")),
     }
@@ -99,7 +101,7 @@ def _run(record: Record, folder: Path) -> dict[str, Any]:
 def _tuning(record: Record, searches: Searches) -> dict[str, Any]:
     """What was spent on tuning a run's setting."""
     budget = searches.of(record)
-    return {"tuning": _text(budget.text), "trials": budget.trials}
+    return {"tuning": budget.short, "trials": budget.trials}
 
 
 def _tuning_notes(records: Sequence[Record], searches: Searches) -> dict[str, Any]:
@@ -110,12 +112,25 @@ def _tuning_notes(records: Sequence[Record], searches: Searches) -> dict[str, An
     return {"line": _text(line, ERROR), "warnings": [_text(w, ERROR) for w in warnings + searches.problems()]}
 
 
-def group_of(record: Record) -> str:
-    """A digest that runs share which compute the same but for the seed, and seeds that follow it."""
-    config = flat(content(record.get("config") or {}))
-    seed = record.get("seed")
-    own = {k: told(v) for k, v in config.items() if k != "seed" and not (k.endswith("seed") and v == seed)}
-    return digest(own | {"record": [record.get(k) for k in ("task", "data", "model", "methods")]})
+def groups_of(records: Sequence[Record]) -> list[str]:
+    """For each record a digest that it shares with those which compute the same but for the seed.
+
+    Other seeds (``split_seed``) count, unless they follow the run's in all records that are otherwise the same.
+    """
+    bases, seeds = [], []
+    for record in records:
+        config = {k: told(v) for k, v in flat(content(record.get("config") or {})).items() if k != "seed"}
+        seeds.append({k: v for k, v in config.items() if k.endswith("seed")})
+        own = {k: v for k, v in config.items() if k not in seeds[-1]}
+        bases.append(digest(own | {"record": [record.get(k) for k in ("task", "data", "model", "methods")]}))
+    fixed: dict[str, set[str]] = {}
+    for record, base, found in zip(records, bases, seeds, strict=True):
+        mine = told(record.get("seed"))
+        fixed.setdefault(base, set()).update(key for key, value in found.items() if value != mine)
+    return [
+        digest([base, {k: v for k, v in found.items() if k in fixed[base]}])
+        for base, found in zip(bases, seeds, strict=True)
+    ]
 
 
 def _numbers(values: Any) -> dict[str, float]:

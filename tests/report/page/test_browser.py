@@ -109,7 +109,7 @@ def test_tuning_budgets_are_told(opened, browser, sweeps, make_record, searches,
     tab.wait_for_selector("html[data-ready]")
     tab.fill("#words", "seed=0")
     count(tab, "2 of 8 runs")
-    assert cells(tab, "Tuning") == ["no search on record", "7 trials of 1 seed over trainer.lr"]
+    assert cells(tab, "Tuning") == ["no search on record", "7 trials"]
     assert "sara: 7 trials of 1 seed over trainer.lr" in tab.inner_text("#tuning-note")
     warning = "unlike tuning budgets: no search on record (lora), 7 trials of 1 seed (sara)"
     assert tab.inner_text("#tuning-warning") == warning and tab.is_visible("#tuning-warning")

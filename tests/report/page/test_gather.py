@@ -33,6 +33,24 @@ def test_runs_are_gathered_with_what_is_only_theirs(folder) -> None:
     assert (fid["title"], fid["better"]) == ("FID", "lower")
 
 
+def test_runs_that_differ_in_their_seed_alone_are_one_setting(sweeps, make_record, tmp_path) -> None:
+    def groups(*seeds: tuple[int, int, int]) -> list[str]:
+        """Of runs with these seeds, split seeds and pre-training seeds."""
+        root = tmp_path / str(seeds)
+        for i, (seed, split, base) in enumerate(seeds):
+            config = make_record()["config"] | {"seed": seed, "split_seed": split, "pretrain": {"seed": base}}
+            sweeps.add_run(root, f"r{i}", make_record, seed=seed, config=config)
+        found = {run["folder"]: run["group"] for run in gather(root)["runs"]}
+        return [found[f"r{i}"] for i in range(len(seeds))]
+
+    fixed = groups((0, 0, 0), (1, 0, 0), (2, 0, 0))  # also where the run's own seed is by chance that of the split
+    assert fixed[0] == fixed[1] == fixed[2]
+    follow = groups((0, 0, 0), (1, 1, 0), (2, 2, 0))
+    assert follow[0] == follow[1] == follow[2]
+    other = groups((0, 0, 0), (1, 0, 0), (0, 3, 0), (1, 3, 0))
+    assert other[0] == other[1] != other[2] == other[3]
+
+
 def test_settings_by_columns_give_back_each_run(folder) -> None:
     data = gather(folder)
     for i, run in enumerate(data["runs"]):
