@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -56,7 +57,8 @@ def check_kind(found: Any, kind: type, target: str) -> None:
         raise UserError(f"_target_={target} does not make a {kind.__name__}")
 
 
-def schema(target: Callable[..., Any], skip: Sequence[str] = ()) -> type:
+@functools.lru_cache(maxsize=256)
+def schema(target: Callable[..., Any], skip: tuple[str, ...] = ()) -> type:
     """The typed options of a dataclass, or of a callable by its annotated signature, without the names in `skip`."""
     if dataclasses.is_dataclass(target):
         return typing.cast(type, target)
@@ -83,15 +85,34 @@ def typed(options: type, node: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises UserError for an unknown key (with the closest match), a wrong type or a missing value.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     names = [field.name for field in dataclasses.fields(options) if field.init]
     for key in node:
         if key not in names:
             raise UserError(
                 f"unknown key {where}.{key}{closest(key, names)}\nallowed: {', '.join(sorted(names)) or '(no options)'}"
             )
+    try:
+        text = json.dumps(dict(node))
+        same = json.loads(text) == node
+    except (TypeError, ValueError):
+        same = False
+    values = copy.deepcopy(_known(options, text, where)) if same else _checked(options, node, where)
+    missing = [name for name in names if values.get(name) == "???"]
+    if missing:
+        raise UserError(f"{where}.{missing[0]} has no default and must be set")
+    return {name: values[name] for name in names}
+
+
+@functools.lru_cache(maxsize=256)
+def _known(options: type, text: str, where: str) -> dict[str, Any]:
+    """The checked values of a node written as JSON: most cells of a sweep hold the same nodes."""
+    return _checked(options, json.loads(text), where)
+
+
+def _checked(options: type, node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     config = OmegaConf.structured(options)
     hints = typing.get_type_hints(options)
     for key, value in node.items():
@@ -99,11 +120,7 @@ def typed(options: type, node: Mapping[str, Any], where: str) -> dict[str, Any]:
             OmegaConf.update(config, key, value, merge=False)
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"{where}.{key}={value!r} must be {kind_of_value(hints[key])}") from error
-    values = typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=False))
-    missing = [name for name in names if values.get(name) == "???"]
-    if missing:
-        raise UserError(f"{where}.{missing[0]} has no default and must be set")
-    return {name: values[name] for name in names}
+    return typing.cast(dict[str, Any], OmegaConf.to_container(config, throw_on_missing=False))
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

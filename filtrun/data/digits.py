@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,6 +14,15 @@ from filtrun.data.base import Data
 from filtrun.data.split import Split, stratified
 from filtrun.errors import UserError
 from filtrun.options import opt
+
+
+@functools.cache
+def _parts(load: Callable[..., Any]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, images, labels) of each split, read once a process: the cells of a sweep all do."""
+    pixels, labels = map(torch.from_numpy, load(return_X_y=True))
+    images = (pixels.reshape(-1, 1, 8, 8) * 255 / 16).round().to(torch.uint8)
+    rows = stratified(labels, 0.2, "digits")
+    return [(name, images[some], labels[some]) for name, some in zip(("train", "test"), rows, strict=True)]
 
 
 @dataclass
@@ -41,11 +51,7 @@ class Digits(Data):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise UserError("data=digits comes with scikit-learn; install it with: pip install scikit-learn") from error
-        pixels, labels = load_digits(return_X_y=True)
-        images = (torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * 255 / 16).round().to(torch.uint8)
-        everything = Split(images, torch.from_numpy(labels))
-        parts = zip(("train", "test"), stratified(everything.labels, 0.2, "digits"), strict=True)
-        return {name: Split(images[rows], everything.labels[rows], name=name) for name, rows in parts}
+        return {name: Split(images.clone(), labels.clone(), name=name) for name, images, labels in _parts(load_digits)}
 
     @classmethod
     def available(cls, root: str | None = None) -> tuple[bool, str]:
