@@ -29,6 +29,7 @@ def test_an_installed_wheel_finds_its_configurations(tmp_path: Path) -> None:
         "filtrun/record.schema.json",
         "filtrun/conf/method/sara.yaml",
         "filtrun/conf/catalogue.jsonl",
+        "filtrun/conf/sweep/peft.yaml",
         *(f"filtrun/report/page/assets/{name}" for name in ("body.html", "page.css", "start.js")),
     } <= set(names)
     assert not any(name.startswith(("tests/", "bench/", "conf/")) for name in names)
