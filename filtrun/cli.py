@@ -81,6 +81,13 @@ def run_command(arguments: list[str]) -> int:
     if fail_fast:
         raise UserError("--fail-fast goes with -m: it ends a sweep at the first cell that fails")
     overrides = _resumed(overrides)
+    if any(word.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher.")) for word in overrides):
+        from filtrun.sweeps.command import config_dirs
+        from filtrun.sweeps.launchers import launcher_of
+
+        overrides, launcher, _ = launcher_of(overrides, config_dirs(flags, overrides))
+        if launcher is not None and not sweeps:
+            raise UserError("hydra/launcher goes with -m: it starts the cells of a sweep")
     from filtrun.api import register_resolvers, with_default_model
     from filtrun.catalogue import conf_dir
 

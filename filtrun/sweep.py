@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,8 @@ def run_jobs(
     workers: int | None = None,
     fail_fast: bool = False,
     quiet: bool = True,
+    launcher: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Outcome]:
     """Do the jobs; one that fails does not stop the others. A cell another process is at is waited for, last.
 
@@ -119,14 +121,17 @@ def run_jobs(
         workers: so many processes at a time, each of which may die hard; None: one after the other in this process.
         fail_fast: stop at the first failure; cells that were not run have no outcome.
         quiet: show no progress bars for cells of this process.
+        launcher, options: where the workers run, by `filtrun.sweeps.launchers`; None: on this machine.
 
     Raises:
+        UserError: the launcher or one of its options does not exist, or it cannot start anything here.
         RunFailure: workers end before they begin a cell.
     """
-    if workers is not None and jobs:
+    if (workers is not None or launcher is not None) and jobs:
+        from filtrun.sweeps.launchers import make_launcher
         from filtrun.sweeps.pool import Pool
 
-        return Pool(jobs, workers).run(starts, ended, fail_fast)
+        return Pool(jobs, workers or 1, make_launcher(launcher, options or {})).run(starts, ended, fail_fast)
     waiting, outcomes = list(jobs), list[Outcome]()
     while waiting:
         busy = []

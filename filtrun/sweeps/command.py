@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,22 @@ from filtrun.errors import UserError
 from filtrun.sweep import Job, Outcome
 from filtrun.sweeps.expand import check_hydra, expand, pull, split_rows
 from filtrun.sweeps.kept import KeptSweep, read_sweep
+from filtrun.sweeps.launchers import launcher_of
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells of a sweep. `skipped`: those that do not apply, with the reason; `same`: cells another stands for."""
+    """The cells of a sweep, and where they run (`launcher` and `options` as for `filtrun.sweep.run_jobs`).
+
+    `skipped`: those that do not apply, with the reason; `same`: cells another stands for.
+    """
 
     jobs: list[Job]
     skipped: list[tuple[Job, str]]
     same: int
     axes: tuple[str, ...]
+    launcher: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def workers(self) -> int:
@@ -44,8 +50,9 @@ def read_command(flags: Sequence[str], words: Sequence[str]) -> Sweep:
 
     rest, name = pull(words, "sweep")
     rest, rows = pull(rest, "rows")
+    folders = config_dirs(flags, rest)
+    rest, launcher, options = launcher_of(rest, folders)
     check_hydra(rest, flags)
-    folders = _config_dirs(flags, rest)
     kept = read_sweep(name, folders) if name is not None else KeptSweep()
     if rows is not None:
         if kept.rows != ((),):
@@ -57,7 +64,7 @@ def read_command(flags: Sequence[str], words: Sequence[str]) -> Sweep:
     if not folders:
         for cell in cells:
             check_optional(cell)
-    return _composed(cells, kept, _folder(sweep_dir), folders)
+    return replace(_composed(cells, kept, _folder(sweep_dir), folders), launcher=launcher, options=options)
 
 
 def _composed(cells: Sequence[tuple[str, ...]], kept: KeptSweep, sweep_dir: Path, folders: Sequence[str]) -> Sweep:
@@ -111,7 +118,8 @@ def run_sweep(sweep: Sweep, *, fail_fast: bool = False) -> int:
     skipped = [note_skipped(job, reason) for job, reason in sweep.skipped]
     for outcome in skipped:
         print(f"{outcome.job.label}: skipped: {outcome.error}", file=sys.stderr)
-    ran = run_shown(sweep.jobs, sweep.workers, fail_fast=fail_fast) if sweep.jobs else []
+    where: dict[str, Any] = {"launcher": sweep.launcher, "options": sweep.options}
+    ran = run_shown(sweep.jobs, sweep.workers, fail_fast=fail_fast, **where) if sweep.jobs else []
     outcomes = [*skipped, *ran]
     _show(sweep, outcomes)
     if len(ran) < len(sweep.jobs):
@@ -163,7 +171,8 @@ def _known(by: tuple[str, ...], records: Sequence[dict[str, Any]]) -> tuple[str,
     return tuple(k for k in by if any(value_of(r, k) is not ABSENT for r in records)) or ("methods",)
 
 
-def _config_dirs(flags: Sequence[str], words: Sequence[str]) -> list[str]:
+def config_dirs(flags: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The folders of configs that a command names. Raises UserError for one that is not there."""
     found = [word.partition("=")[2] for word in flags if word.startswith(("--config-dir=", "-cd="))]
     found += [after for word, after in zip(flags, flags[1:], strict=False) if word in ("--config-dir", "-cd")]
     given = [word for word in words if word.startswith("hydra.searchpath=")]

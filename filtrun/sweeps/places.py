@@ -70,9 +70,11 @@ def threads_each(workers: int, cores: int | None = None) -> int:
     return max(1, there // max(workers, 1))
 
 
-def environment(workers: int, device: str | None, threads: int | None, before: Mapping[str, str]) -> dict[str, str]:
+def environment(
+    workers: int, device: str | None, threads: int | None, before: Mapping[str, str], cores: int | None = None
+) -> dict[str, str]:
     """The variables of a worker. A number of threads that is set already is kept if it is smaller."""
-    wanted = threads or threads_each(workers)
+    wanted = threads or threads_each(workers, cores)
     limits = {}
     for name in THREADS:
         given = before.get(name, "")

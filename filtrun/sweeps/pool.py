@@ -20,8 +20,8 @@ from filtrun.sweeps.launcher import STOPPED, End, Launcher, Worker
 from filtrun.sweeps.life import beating, mtime, remove_abandoned
 from filtrun.sweeps.processes import PATIENCE, Processes
 
-LOOK = 0.05
-"""Seconds between two looks at the board."""
+LOOK, LOOK_FAR = 0.05, 0.5
+"""Seconds between two looks at the board, when workers are on this machine and when they are not."""
 
 STILLBORN = 3
 """Workers that may end in a row without having begun a cell."""
@@ -65,6 +65,7 @@ class Pool:
         except BaseException:
             self.until_closed.close()
             raise
+        self.look = LOOK if self.launcher.sure else LOOK_FAR
         self.running: dict[str, tuple[Worker, int]] = {}
         self.began, self.stillborn, self.rest = 0, 0, 0.0
         self.stops: Counter[int] = Counter()
@@ -93,7 +94,7 @@ class Pool:
                     if number_at is not None and number_at not in shown:
                         shown.add(number_at)
                         starts(len(self.outcomes), self.jobs[number_at])
-                time.sleep(LOOK)
+                time.sleep(self.look)
         finally:
             self.close()
 
@@ -183,7 +184,7 @@ class Pool:
                 self.launcher.stop(left)
                 deadline = time.monotonic() + PATIENCE
                 while (left := [w for w in left if w.poll() is None]) and time.monotonic() < deadline:
-                    time.sleep(LOOK)
+                    time.sleep(self.look)
                 self.launcher.kill(left)
             self.launcher.close()
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filtrun.errors import Interrupted
@@ -12,10 +12,17 @@ from filtrun.report.sheet import metric_facts
 from filtrun.sweep import Job, Outcome, run_jobs
 
 
-def run_shown(jobs: Sequence[Job], workers: int, *, fail_fast: bool = False) -> list[Outcome]:
+def run_shown(
+    jobs: Sequence[Job],
+    workers: int,
+    *,
+    fail_fast: bool = False,
+    launcher: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Outcome]:
     """Run a sweep and tell on stderr how it goes: with one worker in this process, each cell with its progress bar.
 
-    Raises KeyboardInterrupt (from Interrupted) when stopped.
+    Arguments as for `filtrun.sweep.run_jobs`. Raises KeyboardInterrupt (from Interrupted) when stopped.
     """
     from rich.console import Console
 
@@ -24,7 +31,7 @@ def run_shown(jobs: Sequence[Job], workers: int, *, fail_fast: bool = False) -> 
     began = time.perf_counter()
     width = len(str(len(jobs)))
     workers = min(workers, len(jobs))
-    status = console.status("starting workers") if workers > 1 else None
+    status = console.status("starting workers") if workers > 1 or launcher else None
 
     def starts(done: int, job: Job) -> None:
         if status is not None:
@@ -40,7 +47,9 @@ def run_shown(jobs: Sequence[Job], workers: int, *, fail_fast: bool = False) -> 
         if status is None:
             return run_jobs(jobs, starts, ended, fail_fast=fail_fast, quiet=False)
         with status:
-            return run_jobs(jobs, starts, ended, workers=workers, fail_fast=fail_fast)
+            return run_jobs(
+                jobs, starts, ended, workers=workers, fail_fast=fail_fast, launcher=launcher, options=options
+            )
     except KeyboardInterrupt as stop:
         done = f"interrupted after {len(ended_cells)} of {len(jobs)} cells; the same command goes on"
         raise KeyboardInterrupt from Interrupted(done).with_traceback(stop.__traceback__)

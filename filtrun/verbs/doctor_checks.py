@@ -29,7 +29,7 @@ NEEDED = {
 
 EXTRAS = {"timm": ("timm",), "diffusers": ("diffusers",), "peft": ("peft", "transformers", "accelerate"),
           "pruning": ("torch_pruning",), "mlflow": ("mlflow",), "wandb": ("wandb",),
-          "search": ("optuna",)}  # fmt: skip
+          "search": ("optuna",), "parquet": ("pyarrow",), "slurm": ("submitit",), "ray": ("ray",)}  # fmt: skip
 """Extra of filtrun -> the modules it brings."""
 
 LITTLE_SPACE, NO_SPACE = 2e9, 2e8

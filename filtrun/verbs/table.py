@@ -40,7 +40,10 @@ def main(argv: Sequence[str]) -> int:
     if options.run:
         from filtrun.verbs.table_run import run_missing
 
-        failed = run_missing(to_run(options, grids), options.sweep_dir, force=options.force, workers=options.workers)
+        failed = run_missing(
+            to_run(options, grids), options.sweep_dir, force=options.force, workers=options.workers,
+            launcher=options.launcher, options=options.launcher_options,
+        )  # fmt: skip
     show(options, sheets_of(options, cards, grids))
     if options.write_card:
         write_cards(options, [grid for found in grids.values() for grid in found])

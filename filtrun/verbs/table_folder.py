@@ -11,7 +11,7 @@ from filtrun.report.many import Question, folder_sheet
 
 SHOWN = 60
 """So many rows are shown on a terminal when nothing else is asked for."""
-_PAPER = ("scale_given", "run", "force", "workers", "rows", "seeds", "write_card", "words")
+_PAPER = ("scale_given", "run", "force", "workers", "launcher", "rows", "seeds", "write_card", "words")
 
 
 def table_of(folder: Path, options: argparse.Namespace) -> int:

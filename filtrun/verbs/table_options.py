@@ -54,6 +54,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="with --run: N processes at a time (default: this one, cell by cell)"
     )
+    parser.add_argument(
+        "--launcher", metavar="NAME", help="with --run: where the workers run, with hydra.launcher.KEY=VALUE options"
+    )
     parser.add_argument("--format", metavar="FORMAT", help=", ".join(FORMATS) + " (default: what --out says, or rich)")
     parser.add_argument("--out", metavar="FILE", help="write the table into a file")
     parser.add_argument("--overwrite", action="store_true", help="with --out: replace a file that is there")
@@ -89,12 +92,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--force goes with --run: it runs finished cells again")
     if options.workers is not None and (options.workers < 1 or not options.run):
         raise UserError("--workers goes with --run and is a whole number from 1")
+    _launcher(options)
     options.rows = options.rows.split(",") if options.rows else None
     options.seeds = _seeds(options.seeds) if options.seeds else None
     if options.write_card and (options.paper == GALLERY or options.rows or "smoke" in options.scale):
         raise UserError("--write-card takes one paper with all its rows, at a scale whose numbers mean something")
     options.sweep_dir = Path(options.sweep_dir).expanduser().absolute()
     return options
+
+
+def _launcher(options: argparse.Namespace) -> None:
+    """Take the launcher's options out of the words."""
+    from filtrun.sweeps.launchers import launcher_of
+
+    given = [f"hydra/launcher={options.launcher}"] if options.launcher else []
+    found = launcher_of([*given, *options.words], options.config_dir)
+    options.words, options.launcher, options.launcher_options = found
+    if options.launcher and not options.run:
+        raise UserError("--launcher goes with --run: it says where the cells run")
 
 
 def folder_of(options: argparse.Namespace) -> Path | None:

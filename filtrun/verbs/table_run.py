@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ from filtrun.sweep import Job, Outcome, run_jobs
 from filtrun.sweeps.view import counted, style, told
 
 
-def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False, workers: int | None = None) -> int:
+def run_missing(
+    grids: Sequence[Grid],
+    sweep_dir: Path,
+    *,
+    force: bool = False,
+    workers: int | None = None,
+    launcher: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> int:
     """Run what has no finished record and read the records again; returns the number of failures.
 
     Cells that several tables share are run once; with `force` finished ones run too, their old files are kept aside.
+    `workers`, `launcher` and `options` are those of `filtrun.sweep.run_jobs`.
     """
     from rich.console import Console
     from rich.text import Text
@@ -49,7 +58,7 @@ def run_missing(grids: Sequence[Grid], sweep_dir: Path, *, force: bool = False, 
             console.print(line, style=style(outcome), markup=False, soft_wrap=True)
 
         try:
-            outcomes = run_jobs(jobs, starts, ended, workers=workers)
+            outcomes = run_jobs(jobs, starts, ended, workers=workers, launcher=launcher, options=options)
         except KeyboardInterrupt:
             done = f"{len(ended_cells)} of {len(jobs)} cells"
             raise KeyboardInterrupt from Interrupted(f"interrupted after {done}; the same command goes on")
