@@ -11,11 +11,11 @@ from typing import Any
 
 from filtrun.stages import digest
 
-MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust")
+MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust", "speed")
 """Keys that do not change what a run computes."""
 
 MACHINE_OPTIONS = (
-    "devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate", "evaluations",
+    "devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate", "evaluations", "speed",
 )  # fmt: skip
 """Trainer options that change how training runs and not what it computes: they are in no key."""
 
@@ -50,6 +50,7 @@ def content(config: Mapping[str, Any]) -> dict[str, Any]:
     Where it runs is left out (`MACHINE_KEYS`, `MACHINE_OPTIONS` but for ``evaluate``), and where a named data set lies.
     """
     kept: dict[str, Any] = {k: v for k, v in config.items() if k not in (*MACHINE_KEYS, "hydra")}
+    kept = with_arithmetic(kept)
     for part in ("trainer", "pretrain"):
         if isinstance(kept.get(part), dict):
             kept[part] = {k: v for k, v in kept[part].items() if k not in MACHINE_OPTIONS or k == "evaluate"}
@@ -59,6 +60,16 @@ def content(config: Mapping[str, Any]) -> dict[str, Any]:
         target = str(data.get("_target_", ""))
         if target.startswith("filtrun.") and target not in ANY_FILES:
             kept["data"] = {k: v for k, v in data.items() if k != "root"}
+    return kept
+
+
+def with_arithmetic(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose ``precision`` is the one computed in: ``speed=max`` takes bf16 for 32."""
+    kept = dict(config)
+    for part in ("trainer", "pretrain"):
+        options = kept.get(part)
+        if isinstance(options, Mapping) and options.get("speed") == "max" and options.get("precision", "32") == "32":
+            kept[part] = {**options, "precision": "bf16"}
     return kept
 
 

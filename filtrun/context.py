@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from filtrun.data.base import Batch, Data, Split
     from filtrun.method import Method
+    from filtrun.speed import Choice
     from filtrun.task import Task
 
 
@@ -85,6 +86,7 @@ class Run:
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
     net: Any = None
     optimizer: Any = None
+    speed: Choice | None = None
     phases: list[Phase] = field(default_factory=list)
     phase: Phase | None = None
     step: int = 0

@@ -102,6 +102,8 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
         load_checkpoint(run)
         loggers.rewind(run.step)  # without a checkpoint, to the start: all of it will be logged again
         log.last = run.step
+    if run.speed is not None:
+        record.environment["speed"] = run.speed.facts()
     reset_peak_memory(run.device)
     try:
         with training():

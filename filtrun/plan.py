@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from filtrun.build import build, resolve, typed
-from filtrun.cells import MACHINE_KEYS, MACHINE_OPTIONS, without_later
+from filtrun.cells import MACHINE_KEYS, MACHINE_OPTIONS, with_arithmetic, without_later
 from filtrun.errors import Unfit, UserError, unknown
 from filtrun.loggers import Logger
 from filtrun.method import Method
 from filtrun.options import check_options
+from filtrun.speed import SPEEDS
 from filtrun.task import Task
 from filtrun.trainer import Trainer
 
@@ -76,6 +77,7 @@ class Plan:
         from filtrun.stages import digest
 
         config = {k: copy.deepcopy(v) for k, v in self.config.items() if k not in MACHINE_KEYS}
+        config = with_arithmetic(config)
         for option in MACHINE_OPTIONS:
             config["trainer"].pop(option, None)
             config["pretrain"].pop(option, None)
@@ -99,6 +101,7 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
     _check_choice("model.base", cfg["model"].get("base", "pretrain"), BASES)
     _check_choice("model.normalize", cfg["model"].get("normalize", "data"), NORMALIZE)
     _check_choice("classes", cfg["classes"], CLASSES)
+    _check_choice("speed", cfg.get("speed", "off"), SPEEDS)
     for key, low in (("seed", 0), ("split_seed", 0), ("workers", 1)):
         if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < low:
             raise UserError(f"{key}={cfg[key]!r} must be a whole number from {low}")

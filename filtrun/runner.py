@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from filtrun.callbacks import Hold
 from filtrun.context import Run, mix_seed, seed_generators
 from filtrun.errors import UserError
+from filtrun.speed import PLAIN, Way, choose
 from filtrun.trainer import MATRIX_RULES, Phase, grouped, lr_factor, make_optimizer
 
 
@@ -41,6 +42,8 @@ def setup(run: Run) -> None:
     run.phases = planned[0] if planned else [Phase(run.label, trainer.total_steps(images))]
     if not groups:
         run.phases = []
+    if trainer.speed != "off" and groups:
+        run.speed = choose(run)
     _wrap(run, groups)
     if any(group.get("hold_epochs") for group in groups):
         run.callbacks.append(Hold())
@@ -66,11 +69,12 @@ def _no_matrices(run: Run) -> list[Tensor]:
 
 def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
     """A new optimizer over `groups`, and Fabric's wrapping; no optimizer when nothing trains."""
-    if run.trainer.channels_last:
-        run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    way = run.speed.way if run.speed is not None else PLAIN
+    Way(way.channels_last or run.trainer.channels_last).lay_out(run.model)
     run.net = run.optimizer = None  # an old wrapper must not outlive the tensors it was made for
     if groups:
-        run.net, run.optimizer = run.fabric.setup(run.model, make_optimizer(run.trainer, groups, _no_matrices(run)))
+        optimizer = make_optimizer(run.trainer, groups, _no_matrices(run))
+        run.net, run.optimizer = run.fabric.setup(way.wrapped(run.model), optimizer)
     else:
         run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
 

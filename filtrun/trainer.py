@@ -12,6 +12,7 @@ import torch
 from filtrun.errors import UserError
 from filtrun.optimizers import SCALES, AuON, Muon, Together
 from filtrun.options import opt
+from filtrun.speed import SPEEDS
 
 MATRIX_RULES = {"muon": Muon, "auon": AuON}
 """Optimizers of weight matrices; everything else is updated by ``trainer.others``."""
@@ -46,6 +47,9 @@ class Trainer:
     clip: float = opt(1.0, "largest gradient norm; 0 for no clipping", low=0)
     ema: float = opt(0.0, "decay of averaged weights used for evaluation; 0 for none", low=0, high=0.999999)
     precision: str = opt("32", "arithmetic of forward and backward", choices=("32", "bf16", "16"))
+    speed: str = opt(
+        "off", "auto: time layouts and torch.compile, keep the fastest; max: both, CUDA graphs and bf16", choices=SPEEDS
+    )
     devices: int = opt(1, "processes on this machine", low=1)
     nodes: int = opt(1, "machines", low=1)
     compile: bool = opt(False, "torch.compile the model for training")
@@ -71,6 +75,9 @@ class Trainer:
                 f"trainer.batch_size={self.batch_size} is shared by {self.devices * self.nodes} processes; "
                 f"take a multiple of {self.devices * self.nodes}"
             )
+
+        if self.speed == "max" and self.precision == "32":
+            self.precision = "bf16"
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps of the whole training on a split of `images` images (incomplete batches are dropped)."""
