@@ -84,7 +84,7 @@ def execute(
         if owned:
             skipped = cell and isinstance(error, Unfit)
             record.status = (
-                "interrupted" if isinstance(error, (KeyboardInterrupt, Stopped)) else "skipped" if skipped else "failed"
+                "interrupted" if isinstance(failure, (Interrupted, Stopped)) else "skipped" if skipped else "failed"
             )
             record.error = str(failure)
             try:
@@ -252,9 +252,10 @@ def explain(error: BaseException, folder: Path) -> BaseException:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(f"interrupted; go on with: filtrun resume={folder}")
     if type(error).__name__ == "ProcessRaisedException":  # one of several processes, with its whole traceback
-        told = re.findall(r"^filtrun\.errors\.(UserError|RunFailure): (.*)", text, re.MULTILINE | re.DOTALL)
+        told = re.findall(r"^filtrun\.errors\.(UserError|RunFailure|Stopped): (.*)", text, re.MULTILINE | re.DOTALL)
         if told:
-            return (UserError if told[-1][0] == "UserError" else RunFailure)(told[-1][1].strip())
+            kinds: dict[str, type[Exception]] = {"UserError": UserError, "RunFailure": RunFailure, "Stopped": Stopped}
+            return kinds[told[-1][0]](told[-1][1].strip())
         text = text.strip().splitlines()[-1]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         return RunFailure("out of memory; lower trainer.batch_size or task.sample_batch, or raise trainer.accumulate")

@@ -71,8 +71,10 @@ def test_an_evaluation_measures_the_model_as_it_is_then(tmp_path: Path, stages_r
     assert logged(midway.folder)[4]["tuned/accuracy"] == done(short).metrics["tuned/accuracy"]
 
 
-def test_a_watcher_ends_the_run_and_the_record_says_so(tmp_path: Path, stages_root: Path) -> None:
-    cell = job(tmp_path, stages_root, *CLASSIFY, "trainer.evaluations=3", "trainer.checkpoint_every=1")
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_watcher_ends_the_run_and_the_record_says_so(tmp_path: Path, stages_root: Path, processes: int) -> None:
+    words = [*CLASSIFY, "trainer.evaluations=3", "trainer.checkpoint_every=1", f"trainer.devices={processes}"]
+    cell = job(tmp_path, stages_root, *words)
     told: list[Any] = []
 
     def watcher() -> None:
@@ -93,7 +95,11 @@ def test_a_watcher_ends_the_run_and_the_record_says_so(tmp_path: Path, stages_ro
     assert [rung for rung, _ in told] == [1, 2]
     assert told[1][1]["accuracy"] == logged(cell.folder)[4]["tuned/accuracy"]
     record = Record.read(cell.folder)
-    assert (record.status, record.cost["steps"]) == ("interrupted", 4)
+    assert (
+        record.status == "interrupted"
+        and record.error == "stopped early by a search after 4 of 8 steps: worse than other trials"
+    )
+    assert processes > 1 or record.cost["steps"] == 4
     assert not (cell.folder / "checkpoints").exists()
     watch.unwatch(cell.folder)
     assert done(cell).cost["steps"] == 8  # later it can be run to its end
