@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from filtrun.errors import UserError
 from filtrun.search.importance import importance
+from filtrun.search.journal import storage
 from filtrun.search.space import Dimension, grid, written
 
 SCHEMA = 1
@@ -54,9 +55,8 @@ class Study:
         self.held: dict[int, FileLock] = {}
         with self.lock:
             self._same()
-            backend = self.optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
             self.study = self.optuna.create_study(
-                storage=self.optuna.storages.JournalStorage(backend), study_name="search", load_if_exists=True,
+                storage=storage(self.optuna, folder), study_name="search", load_if_exists=True,
                 direction=direction, pruner=_pruner(self.optuna, pruner, evaluations),
             )  # fmt: skip
 

@@ -246,6 +246,37 @@ def test_processes_share_one_study(tmp_path: Path) -> None:
     assert sorted(ran) == sorted(numbers)
 
 
+def test_a_process_killed_while_it_writes_leaves_a_study_that_works(tmp_path: Path) -> None:
+    script = tmp_path / "part.py"
+    script.write_text(KILLED.format(here=str(Path(__file__).parent)))
+    process = subprocess.run([sys.executable, script, tmp_path / "study"])
+    assert process.returncode == -signal.SIGKILL
+    journal = tmp_path / "study" / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 5, "wor')  # half a line, as a loss of power may leave it
+    _, found, _ = run(tmp_path / "study", 5)
+    assert found["tried"] == 5 and {t["state"] for t in found["trials"]} == {"complete"}
+    assert journal.read_bytes().startswith(whole) and all(map(json.loads, journal.read_text().splitlines()))
+
+
+KILLED = """
+import importlib.util, os, signal, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("shared", {here!r} + "/test_search.py")
+shared = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shared)
+writes, fsync = [], os.fsync
+
+def dies(number):
+    writes.append(number)
+    if len(writes) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)  # the journal is locked now
+    fsync(number)
+
+os.fsync = dies
+shared.run(Path(sys.argv[1]), 16)
+"""
+
 PART = """
 import importlib.util, os, signal, sys, time
 from pathlib import Path
