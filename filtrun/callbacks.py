@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from filtrun.context import Run
 
 
+UNREAD = 512
+"""Losses kept apart before they are summed."""
+
+
 class Log(Method):
     """Loss, speed and time left: summed on the device, read every `every` steps, written and shown.
 
@@ -29,6 +33,7 @@ class Log(Method):
         self.task_bar: Any = None
         self.last = 0
         self.sums: Tensor | None = None
+        self.unread: list[Tensor] = []
         self.images = 0
         self.seconds = 0.0
         self.started = time.perf_counter()
@@ -42,11 +47,19 @@ class Log(Method):
     def after_step(self, run: Run) -> None:
         task_loss = run.total_loss if run.task_loss is None else run.task_loss
         assert run.total_loss is not None and task_loss is not None
-        losses = torch.stack([run.total_loss.detach(), task_loss.detach()])
-        self.sums = losses if self.sums is None else self.sums + losses
+        self.unread += (run.total_loss.detach(), task_loss.detach())
+        if len(self.unread) >= UNREAD:
+            self._add_up()
         due = run.step - self.last >= self.every or run.step == sum(p.steps for p in run.phases)
         if due or self._checkpoint_due(run):
             self.flush(run)
+
+    def _add_up(self) -> None:
+        """Sum on the device what has been kept since the last time; a kernel or two for many steps."""
+        if self.unread:
+            losses = torch.stack(self.unread).view(-1, 2).sum(0)
+            self.sums = losses if self.sums is None else self.sums + losses
+            self.unread.clear()
 
     def _checkpoint_due(self, run: Run) -> bool:
         every = run.trainer.checkpoint_every  # a checkpoint must never hold weights that a NaN has reached
@@ -61,6 +74,7 @@ class Log(Method):
     def flush(self, run: Run) -> None:
         """Read the sums (the one device sync), check them and write a line."""
         steps = run.step - self.last
+        self._add_up()
         if not steps or self.sums is None:
             return
         total, task = run.reduce(self.sums / steps, "mean").tolist()

@@ -201,12 +201,17 @@ class Run:
             workers=getattr(self.data, "workers", 0),
         )
 
+    @property
+    def augmentation(self) -> Callable[..., Tensor] | None:
+        """The task's training augmentation of the data; made once, not in every step."""
+        made_for = (id(self.task), id(self.data))
+        if self._augmentation is None or self._augmentation[0] != made_for:
+            self._augmentation = made_for, self.task.augment(self.data)
+        return self._augmentation[1]
+
     def augment(self, batch: Batch) -> Batch:
         """The task's training augmentation; drawn after the step was seeded, so that resuming draws the same."""
-        made_for = (id(self.task), id(self.data))
-        if self._augmentation is None or self._augmentation[0] != made_for:  # its options are not to be read every step
-            self._augmentation = made_for, self.task.augment(self.data)
-        augmentation = self._augmentation[1]
+        augmentation = self.augmentation
         if augmentation is None:
             return batch
         if getattr(augmentation, "alternate", False):

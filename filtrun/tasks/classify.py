@@ -49,7 +49,9 @@ class Classify(Task):
 
     def logits(self, run: Run, x: Tensor) -> Tensor:
         """Class scores (N, K) of images (N, C, H, W) in [0, 1]."""
-        mean, std = run.shared.setdefault("normalizer", normalizer(run))
+        if "normalizer" not in run.shared:
+            run.shared["normalizer"] = normalizer(run)
+        mean, std = run.shared["normalizer"]
         return run.net((x - mean) / std)
 
     def averaged(self, run: Run, x: Tensor) -> Tensor:
