@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from filtrun import runner
 from filtrun.errors import UserError
 from filtrun.method import Method
-from filtrun.pack import load_tree, save_tree
+from filtrun.pack import load_tree, pack_tree, write_packed
 from filtrun.stopping import stop_asked
 
 if TYPE_CHECKING:
@@ -41,16 +42,23 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def save_checkpoint(run: Run) -> None:
     """Write the state of a training under its run folder and drop all but the last two."""
-    folder = run.dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
+    _write(run.dir, run.step, _state(run))
+
+
+def _state(run: Run) -> tuple[dict[str, Tensor], str]:
+    """A copy of the training's state, on the CPU: later steps do not reach it."""
+    return pack_tree({
         "step": run.step,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "methods": {m.slug: m.state_dict() for m in run.hooks if m.slug},
-    }
-    save_tree(folder / f"step-{run.step:09d}.safetensors", state)
-    for old in checkpoint_files(run.dir)[:-KEPT]:
+    })  # fmt: skip
+
+
+def _write(folder: Path, step: int, state: tuple[dict[str, Tensor], str]) -> None:
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_packed(folder / "checkpoints" / f"step-{step:09d}.safetensors", state)
+    for old in checkpoint_files(folder)[:-KEPT]:
         old.unlink()
 
 
@@ -82,12 +90,18 @@ def drop_checkpoints(folder: Path) -> None:
 class Checkpoints(Method):
     """Callback that writes a checkpoint every `every` steps, when all other hooks of the step are through.
 
+    The state is copied in the step; a thread brings the copy to the disk while training goes on. One at a time: the
+    next waits for the one before. What goes wrong there is raised at the next checkpoint or at the end of the
+    training (`close`).
+
     It must be the last callback: after the one that checks for NaN. A signal to stop is obeyed here, after a checkpoint
     of its own (none where `every` is 0), by KeyboardInterrupt.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self._pool: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     def _due(self, run: Run) -> bool:
         due = run.step % self.every == 0 or stop_asked() if self.every else False
@@ -99,6 +113,28 @@ class Checkpoints(Method):
 
     def after_epoch(self, run: Run) -> None:
         if self._due(run):
-            save_checkpoint(run)
+            self._save(run)
         if stop_asked():
+            self.wait()
             raise KeyboardInterrupt
+
+    def _save(self, run: Run) -> None:
+        self.wait()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = self._pool.submit(_write, run.dir, run.step, _state(run))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, for good."""
+        try:
+            self.wait()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None

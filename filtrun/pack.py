@@ -59,15 +59,28 @@ def save_tree(path: Path, tree: Any, **metadata: str) -> None:
 
     Raises RunFailure when the disk is full or the folder cannot be written; an earlier file stays as it was.
     """
-    from safetensors.torch import save_file
+    write_packed(path, pack_tree(tree, **metadata))
 
+
+def pack_tree(tree: Any, **metadata: str) -> tuple[dict[str, Any], str]:
+    """(tensors by name, what goes with them as JSON): a copy of a nested state on the CPU, `write_packed`'s argument.
+
+    What happens to the state afterwards does not reach it.
+    """
     tensors: dict[str, Any] = {}
     # one key: several would be written in a random order, and equal runs should leave equal files
     packed = json.dumps({"tree": flatten(tree, tensors), **metadata}, sort_keys=True)
-    unshared = {name: t.clone() for name, t in tensors.items()}  # safetensors refuses tensors that share memory
+    return {name: t.clone() for name, t in tensors.items()}, packed  # safetensors refuses tensors that share memory
+
+
+def write_packed(path: Path, packed: tuple[dict[str, Any], str]) -> None:
+    """Write what `pack_tree` gave to one safetensors file, at once or not at all; RunFailure as in `save_tree`."""
+    from safetensors.torch import save_file
+
+    tensors, told = packed
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(unshared, str(work), metadata={"filtrun": packed})
+        save_file(tensors, str(work), metadata={"filtrun": told})
         os.chmod(work, 0o666 & ~umask())  # the library makes files that nobody else can read
         os.replace(work, path)
     except Exception as error:

@@ -7,13 +7,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from filtrun.callbacks import Hold
 from filtrun.context import Run, mix_seed, seed_generators
 from filtrun.errors import UserError
-from filtrun.recompute import recompute_blocks
 from filtrun.speed import PLAIN, Way, choose
 from filtrun.trainer import MATRIX_RULES, Phase, grouped, lr_factor, make_optimizer
 
@@ -72,14 +70,23 @@ def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
     """A new optimizer over `groups`, and Fabric's wrapping; no optimizer when nothing trains."""
     way = run.speed.way if run.speed is not None else PLAIN
     Way(way.channels_last or run.trainer.channels_last).lay_out(run.model)
-    if run.trainer.checkpoint_activations and groups:
-        recompute_blocks(run.model)
     run.net = run.optimizer = None  # an old wrapper must not outlive the tensors it was made for
     if groups:
         optimizer = make_optimizer(run.trainer, groups, _no_matrices(run))
         run.net, run.optimizer = run.fabric.setup(way.wrapped(run.model), optimizer)
+        if is_plain(run) and way.compile is None:
+            # nothing to convert, nothing to reduce: the wrapper only takes time (and passes attributes on to the model)
+            run.net.__dict__["forward"] = run.model.__call__
     else:
         run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
+
+
+def is_plain(run: Run) -> bool:
+    """Whether Fabric has nothing to do in a step: one process in full precision."""
+    from lightning_fabric.strategies import SingleDeviceStrategy
+
+    strategy = run.fabric.strategy
+    return isinstance(strategy, SingleDeviceStrategy) and strategy.precision.precision == "32-true"
 
 
 def refit(run: Run) -> None:
@@ -108,22 +115,34 @@ def chunks(batch: Any, parts: int) -> list[Any]:
 def train_step(run: Run, batch: Any) -> Tensor:
     """Forward, backward (over micro-batches) and one optimizer step; returns the mean loss, still on the device."""
     parts = chunks(batch, run.trainer.accumulate)
-    total, task_total = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    plain = is_plain(run)
+    total: Tensor | None = None
+    task_total: Tensor | None = None
     for i, part in enumerate(parts):
         run.seed_step(i + 1)
-        share = len(part) / len(batch)  # a short batch may not cut evenly
-        with run.fabric.no_backward_sync(run.net, enabled=i + 1 < len(parts)):
+        with contextlib.nullcontext() if plain else run.fabric.no_backward_sync(run.net, enabled=i + 1 < len(parts)):
             task_loss = loss = run.task.loss(run, part)
             for method in run.methods:
                 loss = method.loss(run, part, loss)
-            run.fabric.backward(loss * share)
-        total += loss.detach() * share
-        task_total += task_loss.detach() * share
+            if len(part) != len(batch):
+                share = len(part) / len(batch)  # a short batch may not cut evenly
+                loss, task_loss = loss * share, task_loss.detach() * share
+            if plain:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                run.fabric.backward(loss)
+        loss, task_loss = loss.detach(), task_loss.detach()
+        total = loss if total is None else total + loss
+        task_total = task_loss if task_total is None else task_total + task_loss
     run.each("after_backward")
-    if run.trainer.clip:
+    if run.trainer.clip and plain:
+        trained = [p for group in run.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, run.trainer.clip, error_if_nonfinite=False)
+    elif run.trainer.clip:
         run.fabric.clip_gradients(run.net, run.optimizer, max_norm=run.trainer.clip, error_if_nonfinite=False)
-    run.optimizer.step()
+    (getattr(run.optimizer, "optimizer", run.optimizer) if plain else run.optimizer).step()
     run.task_loss = task_total
+    assert total is not None
     return total
 
 
@@ -140,6 +159,24 @@ def fit(run: Run) -> None:
     if len(owners) > 1:
         raise UserError(f"two methods own the training step: {', '.join(m.slug for m in owners)}; use one of them")
     step_of: Callable[[Run, Any], Tensor] = owners[0].own_step if owners and owners[0].own_step else train_step
+    try:
+        _phases(run, step_of)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what ended the training is what is told
+            _close(run)
+        raise
+    _close(run)
+
+
+def _close(run: Run) -> None:
+    """Let callbacks that work beside the training come to an end."""
+    for callback in run.callbacks:
+        close = getattr(callback, "close", None)
+        if close is not None:
+            close()
+
+
+def _phases(run: Run, step_of: Callable[[Run, Any], Tensor]) -> None:
     done = 0
     for phase in run.phases:
         run.phase = phase
@@ -153,7 +190,8 @@ def fit(run: Run) -> None:
                 for group in run.optimizer.param_groups:
                     peak = group["base_lr"] if phase.lr is None else phase.lr * group.get("lr_factor", 1.0)
                     group["lr"] = peak * (early_factor(run, phase, done, group) if "lr_share" in group else factor)
-                run.seed_step()
+                if step_of is not train_step or run.augmentation is not None:  # it seeds again before it draws
+                    run.seed_step()
                 run.total_loss = step_of(run, run.augment(batch))
                 run.step += 1
                 run.each("after_step")

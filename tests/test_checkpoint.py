@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from filtrun import runner
+from filtrun import checkpoint, runner
 from filtrun.bench_run import BenchRun
 from filtrun.callbacks import Ema, Log
 from filtrun.checkpoint import (
@@ -21,8 +22,10 @@ from filtrun.checkpoint import (
     weights_sha256,
 )
 from filtrun.context import Run
+from filtrun.errors import RunFailure
 from filtrun.loggers import Loggers
 from filtrun.methods.baseline.full import Full
+from filtrun.pack import load_tree
 from filtrun.trainer import Phase
 
 VIT = ["model=vit", "model.size=nano", "model.depth=1", "model.dropout=0.1"]
@@ -147,6 +150,90 @@ def test_nothing_to_load(tmp_path: Path) -> None:
     run = BenchRun("full", VIT, tmp_path).fresh()
     run.dir = tmp_path / "none"
     assert load_checkpoint(run) is False and run.step == 0
+
+
+class Slow:
+    """Writes checkpoints no sooner than it is told, and counts those under way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.under_way, self.most, self.steps = threading.Event(), 0, 0, []
+        write = checkpoint.write_packed
+
+        def slowly(path: Path, packed: Any) -> None:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            assert self.go.wait(60)
+            write(path, packed)
+            self.steps.append(int(path.stem[5:14]))
+            self.under_way -= 1
+
+        monkeypatch.setattr(checkpoint, "write_packed", slowly)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps are made before the writer may write; what it then writes is the state of step 5, not of step 9."""
+    slow, seen = Slow(monkeypatch), []
+    bench = BenchRun("full", VIT, tmp_path)
+
+    class LetsGo(StopsAt):
+        def after_step(self, run: Run) -> None:
+            if run.step == 9:
+                seen.extend(slow.steps)
+                slow.go.set()
+                raise Stop
+
+    with pytest.raises(Stop):
+        train(bench, tmp_path / "run", 5, LetsGo(0))
+    # step 5's was still under way at step 9; the end of the training waited for it
+    assert not seen and slow.steps == [5] and slow.most == 1
+    assert [int(f.name[5:14]) for f in checkpoint_files(tmp_path / "run")] == [5]
+    state, _ = load_tree(checkpoint_files(tmp_path / "run")[0])
+    at_five, _, _ = train_to(bench, tmp_path / "five", 5)
+    assert state["step"] == 5 and weights_sha256(state["model"]) == weights_sha256(at_five.model)
+
+
+def train_to(bench: BenchRun, folder: Path, step: int) -> tuple[Run, Counts, Ema]:
+    """A training that ends after `step`, as it then is."""
+    kept: list[Run] = []
+
+    class Ends(StopsAt):
+        def after_step(self, run: Run) -> None:
+            if run.step == step:
+                kept.append(run)
+                raise Stop
+
+    with pytest.raises(Stop):
+        train(bench, folder, 0, Ends(0))
+    return kept[0], kept[0].methods[0], kept[0].callbacks[1]  # type: ignore[return-value]
+
+
+def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
+    slow.go.set()
+    train(BenchRun("full", VIT, tmp_path), tmp_path / "run", 1)
+    assert slow.steps == list(range(1, 11)) and slow.most == 1
+
+
+@pytest.mark.parametrize(("fails_at", "ends_at"), [(2, 4), (10, 10)])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_one_or_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int, ends_at: int
+) -> None:
+    write, steps = checkpoint.write_packed, []
+
+    def fails(path: Path, packed: Any) -> None:
+        if int(path.stem[5:14]) == fails_at:
+            raise RunFailure(f"{path} could not be written: disk full")
+        write(path, packed)
+
+    class Notes(StopsAt):
+        def after_step(self, run: Run) -> None:
+            steps.append(run.step)
+
+    monkeypatch.setattr(checkpoint, "write_packed", fails)
+    with pytest.raises(RunFailure, match=f"step-{fails_at:09d}.safetensors could not be written: disk full"):
+        train(BenchRun("full", VIT, tmp_path), tmp_path / "run", 2, Notes(0))
+    assert steps[-1] == ends_at
+    assert threading.active_count() == 1 or not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
 
 def test_half_written_checkpoints_are_not_seen(tmp_path: Path) -> None:

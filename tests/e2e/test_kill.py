@@ -60,10 +60,11 @@ def test_the_same_command_again_goes_on_and_a_finished_run_is_left_alone(
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = [*CLASSIFY, f"stages.root={stages_root}"]
-    for place, saved in (("train:2", []), ("train:11", [6, 9])):
+    # a checkpoint is written beside the training: the one of step 9 may not have been through when the run died
+    for place, saved in (("train:2", [[]]), ("train:11", [[3, 6], [6, 9]])):
         died = command(place, *words, f"hydra.run.dir={run}", cwd=tmp_path, start=[KILLED])
         assert died.returncode == -signal.SIGKILL, died.stderr
-        assert sorted(int(p.stem[5:]) for p in run.glob("checkpoints/step-*")) == saved
+        assert sorted(int(p.stem[5:]) for p in run.glob("checkpoints/step-*")) in saved
     assert cli(*words, f"hydra.run.dir={run}").code == 0
     assert cli(*words, f"hydra.run.dir={whole}").code == 0
     same_result(run, whole, record)
