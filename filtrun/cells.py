@@ -11,11 +11,12 @@ from typing import Any
 
 from filtrun.stages import digest
 
-MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust", "speed")
+MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust")
 """Keys that do not change what a run computes."""
 
 MACHINE_OPTIONS = (
     "devices", "nodes", "log_every", "checkpoint_every", "compile", "channels_last", "evaluate", "evaluations", "speed",
+    "checkpoint_activations",
 )  # fmt: skip
 """Trainer options that change how training runs and not what it computes: they are in no key."""
 
@@ -49,7 +50,7 @@ def content(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Where it runs is left out (`MACHINE_KEYS`, `MACHINE_OPTIONS` but for ``evaluate``), and where a named data set lies.
     """
-    kept: dict[str, Any] = {k: v for k, v in config.items() if k not in (*MACHINE_KEYS, "hydra")}
+    kept: dict[str, Any] = {k: v for k, v in config.items() if k not in (*MACHINE_KEYS, "hydra", "speed")}
     kept = with_arithmetic(kept)
     for part in ("trainer", "pretrain"):
         if isinstance(kept.get(part), dict):

@@ -76,7 +76,7 @@ class Plan:
         from filtrun.code_version import code_version, module_version
         from filtrun.stages import digest
 
-        config = {k: copy.deepcopy(v) for k, v in self.config.items() if k not in MACHINE_KEYS}
+        config = {k: copy.deepcopy(v) for k, v in self.config.items() if k not in (*MACHINE_KEYS, "speed")}
         config = with_arithmetic(config)
         for option in MACHINE_OPTIONS:
             config["trainer"].pop(option, None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from filtrun.callbacks import Hold
 from filtrun.context import Run, mix_seed, seed_generators
 from filtrun.errors import UserError
+from filtrun.recompute import recompute_blocks
 from filtrun.speed import PLAIN, Way, choose
 from filtrun.trainer import MATRIX_RULES, Phase, grouped, lr_factor, make_optimizer
 
@@ -70,6 +71,8 @@ def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
     """A new optimizer over `groups`, and Fabric's wrapping; no optimizer when nothing trains."""
     way = run.speed.way if run.speed is not None else PLAIN
     Way(way.channels_last or run.trainer.channels_last).lay_out(run.model)
+    if run.trainer.checkpoint_activations and groups:
+        recompute_blocks(run.model)
     run.net = run.optimizer = None  # an old wrapper must not outlive the tensors it was made for
     if groups:
         optimizer = make_optimizer(run.trainer, groups, _no_matrices(run))

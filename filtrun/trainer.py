@@ -54,6 +54,9 @@ class Trainer:
     nodes: int = opt(1, "machines", low=1)
     compile: bool = opt(False, "torch.compile the model for training")
     channels_last: bool = opt(False, "channels-last memory layout")
+    checkpoint_activations: bool = opt(
+        False, "blocks compute their activations again in the backward pass: less memory, about a third more time"
+    )
     log_every: int = opt(20, "steps between log lines", low=1)
     checkpoint_every: int = opt(200, "steps between checkpoints; 0 for none", low=0)
     evaluate: bool = opt(True, "evaluate before and after training")
