@@ -11,7 +11,7 @@ from typing import Any
 
 from filtrun.stages import digest
 
-MACHINE_KEYS = ("name", "device", "threads", "workers", "stages", "logger", "resume", "force", "trust")
+MACHINE_KEYS = ("name", "device", "threads", "workers", "vectorize", "stages", "logger", "resume", "force", "trust")
 """Keys that do not change what a run computes."""
 
 MACHINE_OPTIONS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,12 @@ def new_run(plan: Plan, fabric: Any, folder: Path, bar: Any = None, log: Any = N
     )  # fmt: skip
 
 
-def experiment(plan: Plan, fabric: Any, folder: Path, record: Record, bar: Any = None, log: Any = None) -> Record:
+def experiment(
+    plan: Plan, fabric: Any, folder: Path, record: Record, bar: Any = None, log: Any = None, fit: Any = None
+) -> Record:
     """Carry out a plan in `folder`, keeping `record` up to date; every process of a run calls this.
+
+    `fit` trains a run that is set up, as `runner.fit` does, which is used when there is none.
 
     Raises UserError and RunFailure; the caller writes them into the record.
     """
@@ -70,7 +75,7 @@ def experiment(plan: Plan, fabric: Any, folder: Path, record: Record, bar: Any =
 
     loggers = _open_loggers(plan, folder, record.name) if first else Loggers()
     try:
-        train(plan, run, record, loggers)
+        train(plan, run, record, loggers, fit or runner.fit)
         save()
         measure(plan, run, record, base_sha256)
     finally:
@@ -83,7 +88,7 @@ def experiment(plan: Plan, fabric: Any, folder: Path, record: Record, bar: Any =
     return record
 
 
-def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
+def train(plan: Plan, run: Run, record: Record, loggers: Loggers, fit: Callable[[Run], None]) -> None:
     """Let the methods edit the model, resume from a checkpoint if there is one, and fit."""
     log = Log(plan.trainer.log_every, loggers, run.bar)
     ema = Ema(plan.trainer.ema) if plan.trainer.ema else None
@@ -107,7 +112,7 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
     reset_peak_memory(run.device)
     try:
         with training():
-            runner.fit(run)
+            fit(run)
     except Stopped:  # for good, most likely: its checkpoints would only take room
         record.cost |= {"steps": run.step, "train_seconds": log.seconds}
         if run.fabric.global_rank == 0:
@@ -122,6 +127,7 @@ def train(plan: Plan, run: Run, record: Record, loggers: Loggers) -> None:
         "train_seconds": log.seconds,
         "images_per_second": log.images / log.seconds if log.seconds else None,
         "steps": run.step,
+        **({"together": run.shared["together"]} if "together" in run.shared else {}),
     }
 
 

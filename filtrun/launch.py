@@ -11,7 +11,7 @@ import re
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def execute(
     *,
     quiet: bool = False,
     cell: bool = False,
+    fit: Callable[[Any], None] | None = None,
 ) -> Record:
     """Do the run, or find it done, in `folder`; returns its record.
 
@@ -38,6 +39,8 @@ def execute(
     that holds it unfinished is resumed; one that holds another run is refused, unless it is the folder of a sweep's
     `cell` that did not finish, by other code say: its files are kept aside and it is done anew. A cell whose parts do
     not go together is recorded as skipped.
+
+    `fit` trains in the place of `runner.fit`, where the run is one process.
 
     Raises:
         UserError, RunFailure: after the reason was written into the record, where the folder is this run's.
@@ -77,7 +80,7 @@ def execute(
         _write_config(folder, config, overrides)
         record.write()
         with stops_at([signal.SIGTERM]):
-            return _on_devices(plan, config, choices, folder, record, quiet)
+            return _on_devices(plan, config, choices, folder, record, quiet, fit)
     except BaseException as error:
         failure = explain(error, folder)
         log.error("%s\n%s", failure, traceback.format_exc())
@@ -191,8 +194,9 @@ def ddp(plan: Any, *, spawn: bool) -> Any:
 
 
 def _on_devices(
-    plan: Any, config: dict[str, Any], choices: dict[str, str], folder: Path, record: Record, quiet: bool
-) -> Record:
+    plan: Any, config: dict[str, Any], choices: dict[str, str], folder: Path, record: Record, quiet: bool,
+    fit: Callable[[Any], None] | None,
+) -> Record:  # fmt: skip
     warnings.filterwarnings("ignore", module="lightning_fabric")
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     for name in ("lightning.fabric", "lightning_fabric.utilities.rank_zero"):
@@ -202,7 +206,7 @@ def _on_devices(
         return fabric.launch(_in_process, config, choices, folder, record, quiet)
     fabric.launch()
     folder = Path(fabric.broadcast(str(folder)))  # processes that torchrun started have folders of their own
-    return _work(fabric, plan, folder, record, quiet)
+    return _work(fabric, plan, folder, record, quiet, fit)
 
 
 def _in_process(
@@ -213,7 +217,9 @@ def _in_process(
     return _work(fabric, plan, folder, record, quiet)
 
 
-def _work(fabric: Any, plan: Any, folder: Path, record: Record, quiet: bool) -> Record:
+def _work(
+    fabric: Any, plan: Any, folder: Path, record: Record, quiet: bool, fit: Callable[[Any], None] | None = None
+) -> Record:
     from filtrun.console import progress
     from filtrun.experiment import experiment
 
@@ -225,7 +231,7 @@ def _work(fabric: Any, plan: Any, folder: Path, record: Record, quiet: bool) -> 
 
         log.info("%s in %s on %s", plan.name, folder, fabric.device)
         with _cpu_threads(plan.config.get("threads")):
-            done = experiment(plan, fabric, folder, record, bar, tell)
+            done = experiment(plan, fabric, folder, record, bar, tell, fit)
         log.info("finished: %s", done.metrics)
         return done
 

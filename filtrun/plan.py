@@ -105,6 +105,9 @@ def make_plan(config: Mapping[str, Any], choices: Mapping[str, str] | None = Non
     for key, low in (("seed", 0), ("split_seed", 0), ("workers", 1)):
         if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < low:
             raise UserError(f"{key}={cfg[key]!r} must be a whole number from {low}")
+    most = cfg.get("vectorize", False)
+    if not isinstance(most, (bool, int)) or most < 0:
+        raise UserError(f"vectorize={most!r} must be true, false or the number of cells to train at once")
     threads = cfg.get("threads")
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise UserError(f"threads={threads!r} must be a whole number from 1, or null")

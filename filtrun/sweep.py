@@ -132,19 +132,21 @@ def run_jobs(
         from filtrun.sweeps.pool import Pool
 
         return Pool(jobs, workers or 1, make_launcher(launcher, options or {})).run(starts, ended, fail_fast)
+    from filtrun.sweeps.together import groups, run_together
+
     waiting, outcomes = list(jobs), list[Outcome]()
     while waiting:
         busy = []
-        for job in waiting:
-            starts(len(outcomes), job)
-            outcome = run_job(job, quiet=quiet)
-            if outcome is None:
-                busy.append(job)
-            else:
+        for group in groups(waiting):
+            for job in group:
+                starts(len(outcomes), job)
+            found = run_together(group, quiet=quiet) if len(group) > 1 else [run_job(group[0], quiet=quiet)]
+            busy += [job for job, outcome in zip(group, found, strict=True) if outcome is None]
+            for outcome in filter(None, found):
                 outcomes.append(outcome)
                 ended(len(outcomes), outcome)
-                if fail_fast and outcome.failed:
-                    return outcomes
+            if fail_fast and any(outcome is not None and outcome.failed for outcome in found):
+                return outcomes
         if len(busy) == len(waiting):
             time.sleep(POLL)
         waiting = busy
@@ -161,17 +163,24 @@ def run_job(
         begins: called when the claim is ours; the cell is left alone when it says no.
         quiet: show no progress bar.
     """
-    from filtrun.launch import execute
     from filtrun.sweeps.claims import claimed
+
+    with claimed(job.folder, sweep) as ours, alone():
+        return attempt(job, quiet=quiet) if ours and begins() else None
+
+
+def attempt(job: Job, *, quiet: bool = True, fit: Callable[[Any], None] | None = None) -> Outcome | None:
+    """Run a cell whose claim is held; None when another process has its folder.
+
+    Raises KeyboardInterrupt (from Interrupted) when stopped. `fit` as in `filtrun.launch.execute`.
+    """
+    from filtrun.launch import execute
 
     started = time.perf_counter()
     before = changed(job)
     record, error, code, skipped = None, "", 0, False
     try:
-        with claimed(job.folder, sweep) as ours, alone():
-            if not ours or not begins():
-                return None
-            record = execute(job.config, job.choices, job.folder, list(job.overrides), quiet=quiet, cell=True)
+        record = execute(job.config, job.choices, job.folder, list(job.overrides), quiet=quiet, cell=True, fit=fit)
     except Busy:
         return None
     except Interrupted as stop:

@@ -31,6 +31,8 @@ class Task:
 
     kind: ClassVar[str] = ""
     metrics: ClassVar[dict[str, Metric]] = {}
+    loss_draws: ClassVar[bool] = True
+    """Whether `loss` draws at random; runs whose loss does not can be trained at once (`filtrun.lockstep`)."""
     training_options: ClassVar[tuple[str, ...]] = ()
     """Options the training loss depends on: they go into the key of a pre-trained base."""
 

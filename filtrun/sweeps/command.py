@@ -113,12 +113,15 @@ def run_sweep(sweep: Sweep, *, fail_fast: bool = False) -> int:
     """
     from filtrun.sweeps.view import run_shown
 
+    where: dict[str, Any] = {"launcher": sweep.launcher, "options": sweep.options}
+    if (sweep.workers > 1 or sweep.launcher) and any(job.config.get("vectorize") for job in sweep.jobs):
+        other = f"hydra/launcher={sweep.launcher}" if sweep.launcher else f"workers={sweep.workers}"
+        raise UserError(f"{other} and vectorize do not go together: vectorize trains cells at once in one process")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a sweep starts its own processes and cannot run under torchrun; set trainer.devices=N instead")
     skipped = [note_skipped(job, reason) for job, reason in sweep.skipped]
     for outcome in skipped:
         print(f"{outcome.job.label}: skipped: {outcome.error}", file=sys.stderr)
-    where: dict[str, Any] = {"launcher": sweep.launcher, "options": sweep.options}
     ran = run_shown(sweep.jobs, sweep.workers, fail_fast=fail_fast, **where) if sweep.jobs else []
     outcomes = [*skipped, *ran]
     _show(sweep, outcomes)

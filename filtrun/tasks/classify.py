@@ -37,6 +37,7 @@ class Classify(Task):
     split: str = opt("test", "split the reported numbers are from", choices=("test", "val"))
 
     kind: ClassVar[str] = "classify"
+    loss_draws: ClassVar[bool] = False
     training_options: ClassVar[tuple[str, ...]] = ("label_smoothing",)
     metrics: ClassVar[dict[str, Metric]] = {
         "accuracy": Metric("accuracy", "higher", "test images given the right class", ".2%"),
