@@ -38,7 +38,6 @@ bench: .venv/.extras
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.lut
 	$(BIN)/python -m bench.sweep_overhead
-	$(BIN)/python -m bench.grid
 	$(BIN)/python -m bench.records
 	$(BIN)/python -m bench.vectorize
 	$(BIN)/python -m bench.grid
