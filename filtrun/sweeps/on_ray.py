@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import socket
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ from filtrun.sweeps.processes import importable, read
 
 STORE = 100 * 2**20
 """Bytes of Ray's object store in a cluster of our own; what cells make goes to files."""
+
+PATIENCE = 10.0
+"""Seconds to wait for an answer from a cluster's address."""
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
@@ -67,7 +73,9 @@ class Ray:
         self.board, self.threads = board.folder, jobs[0].config.get("threads")
         asked = self.options
         self.ours = not ray.is_initialized()
+        self.on_sigterm = signal.getsignal(signal.SIGTERM)
         if self.ours:
+            check_address(asked.address)
             local: dict[str, Any] = {} if asked.address else {"include_dashboard": False, "object_store_memory": STORE}
             try:
                 ray.init(
@@ -126,6 +134,19 @@ class Ray:
         """Leave the cluster, and end it when it is ours."""
         if self.ours:
             self.ray.shutdown()
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGTERM, self.on_sigterm)  # Ray sets a handler of its own
+
+
+def check_address(address: str | None) -> None:
+    """Raise UserError when nobody listens at HOST:PORT: Ray would go on trying for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        raise UserError(f"hydra.launcher.address={address}: nobody answers there: {error.strerror or error}") from error
 
 
 def import_ray() -> Any:
