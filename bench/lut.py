@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from filtrun.lut.fused import fused
 from filtrun.lut.interpolation import apply_lut, identity_lut
 from filtrun.models.adaint import AdaInt
 from filtrun.models.llf_lut import LLFLUT
@@ -71,12 +72,18 @@ def main() -> int:
 
     vertices = F.pad(torch.randn(3, 32, device=device).softmax(-1).cumsum(-1), (1, 0))
 
+    def compiled(interpolation: str) -> torch.Tensor:
+        with fused():
+            return apply_lut(image, lut, interpolation)
+
     ways: dict[str, Callable[[], object]] = {
         "copy": lambda: image.clone(),
         "grid_sample": lambda: plain_grid_sample(image, lut),
         "apply_lut trilinear": lambda: apply_lut(image, lut),
         "apply_lut tetrahedral": lambda: apply_lut(image, lut, "tetrahedral"),
         "apply_lut at vertices": lambda: apply_lut(image, lut, vertices=vertices),
+        "fused trilinear": lambda: compiled("trilinear"),
+        "fused tetrahedral": lambda: compiled("tetrahedral"),
     }
     for work in ways.values():  # warm-up
         work()

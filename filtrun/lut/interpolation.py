@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from filtrun.errors import UserError, unknown
+from filtrun.lut import fused
 from filtrun.lut.lattice import Lattice
 from filtrun.lut.schemes import SCHEMES
 from filtrun.lut.workers import for_pieces
@@ -78,7 +79,9 @@ def apply_lut(
         x = (x - start) / (end - start)
     if x.numel() == 0:
         return x.new_empty(x.shape[0], lut.shape[-4], *x.shape[2:]).to(image.dtype)
-    if interpolation == "trilinear" and x.is_cuda and vertices is None:
+    if fused.applies(x, table, vertices):
+        y = fused.fused_lookup(x, table, interpolation)
+    elif interpolation == "trilinear" and x.is_cuda and vertices is None:
         y = grid_lookup(x, table)
     else:
         y = _Lookup.apply(x, table, vertices, interpolation)

@@ -73,7 +73,9 @@ def main(argv: Sequence[str]) -> int:
         from filtrun.methods.restoration.tunable_layers import set_knobs
 
         set_knobs(run.model, knobs)
-    with progress(len(jobs)) as (advance, say), run.evaluating():
+    from filtrun.lut.fused import fused
+
+    with progress(len(jobs)) as (advance, say), run.evaluating(), fused(options.compile):
         work = Work(run, masks, display, options.quality, options.force, advance, say)
         for problem in problems:
             work.fail(problem)
@@ -97,6 +99,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, float]]:
     parser.add_argument("--quality", metavar="N", type=int, help="of JPEG and WebP, 1 to 100 (default 95)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--force", action="store_true", help="replace results that exist")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile lookups in 3D tables: seconds at first, then faster (many images)",
+    )
     knobs: dict[str, float] = {}
     words = []
     for word in argv:
