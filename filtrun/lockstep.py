@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch import Tensor
 
 from filtrun import runner
 from filtrun.context import Run
@@ -20,6 +19,7 @@ from filtrun.data.split import Batch
 from filtrun.errors import RunFailure, UserError
 from filtrun.method import Method
 from filtrun.speed import PLAIN
+from filtrun.stack import Apart, Stack, clip_each, state_of
 from filtrun.trainer import MATRIX_RULES, make_optimizer
 
 IN_THE_LOOP = ("own_step", "phases", "start_phase", "loss", "after_backward", "after_step", "after_epoch")
@@ -27,10 +27,6 @@ IN_THE_LOOP = ("own_step", "phases", "start_phase", "loss", "after_backward", "a
 
 CLOSE = 1e-3
 """How far a loss of the vectorised step may be from that of the run alone, relative to 1 + loss."""
-
-
-class Apart(Exception):
-    """Why runs cannot be trained at once; nothing has been changed."""
 
 
 def why_apart(runs: Sequence[Run]) -> str:
@@ -86,73 +82,6 @@ class _AllEnded(Exception):
     """No run is left to train."""
 
 
-class Stack:
-    """The tensors of S models of one structure, with a new first dimension of size S.
-
-    The models' own parameters and buffers become views of them, so that whoever looks at a model sees it train.
-    """
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self.models = models
-        named = [dict(model.named_parameters()) for model in models]
-        kept = [dict(model.named_buffers()) for model in models]
-        for of, what in ((named, "parameters"), (kept, "buffers")):
-            shapes = [{k: (v.shape, v.dtype, v.requires_grad) for k, v in each.items()} for each in of]
-            if any(each != shapes[0] for each in shapes):
-                raise Apart(f"their {what} have different names or shapes")
-        self.trained: dict[str, Tensor] = {}
-        self.frozen: dict[str, Tensor] = {}
-        self.shared: dict[str, Tensor] = {}
-        for name, parameter in named[0].items():
-            each = [found[name] for found in named]
-            if not parameter.requires_grad and all(torch.equal(parameter, other) for other in each[1:]):
-                self.shared[name] = parameter.detach()  # the base, which all have in common: kept once
-                continue
-            stacked = self._stacked(each)
-            (self.trained if parameter.requires_grad else self.frozen)[name] = stacked
-            stacked.requires_grad_(parameter.requires_grad)
-        self.buffers = {name: self._stacked([found[name] for found in kept]) for name in kept[0]}
-        self.places = {id(p): (name, i) for i, found in enumerate(named) for name, p in found.items()}
-
-    @staticmethod
-    def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack([t.detach() for t in tensors])
-        for i, tensor in enumerate(tensors):
-            tensor.data = stacked[i]
-        return stacked
-
-    def each(self, call: Callable[[Callable[..., Any], Batch], Tensor], batches: Sequence[Batch]) -> Tensor:
-        """``call(network, batch)`` for each model with its batch, all at once; the results stacked."""
-
-        def one(own: tuple[dict[str, Tensor], ...], x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-            state = {**self.shared}
-            for part in own:
-                state |= part
-
-            def network(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(self.models[0], state, args, kwargs)
-
-            return call(network, Batch(x, y, index))
-
-        columns = (torch.stack([getattr(b, name) for b in batches]) for name in ("x", "y", "index"))
-        made: Tensor = vmap(one, randomness="error")((self.trained, self.frozen, self.buffers), *columns)
-        return made
-
-    def release(self, optimizers: Sequence[Any]) -> None:
-        """Give every model, and every optimizer, tensors of its own again."""
-        for model in self.models:
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.clone()
-        for optimizer in optimizers:
-            for state in _state(optimizer).values():
-                state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)})
-
-
-def _state(optimizer: Any) -> Any:
-    """What an optimizer remembers of each parameter; Fabric's wrapper may hold that of an earlier load."""
-    return getattr(optimizer, "optimizer", optimizer).state
-
-
 class _Step(Method):
     """Takes the training step over for all runs."""
 
@@ -197,7 +126,7 @@ class Together:
 
     def _load(self) -> None:
         """Take the optimizers' state over, of runs that go on from a checkpoint."""
-        states = [[_state(run.optimizer)[p] for p, _, _ in self._pairs(run)] for run in self.runs]
+        states = [[state_of(run.optimizer)[p] for p, _, _ in self._pairs(run)] for run in self.runs]
         for (_, stacked, _), each in zip(self._pairs(self.runs[0]), zip(*states, strict=True), strict=True):
             self.optimizer.state[stacked] = {
                 key: torch.stack([state[key] for state in each]) if value.ndim else value.clone()
@@ -209,7 +138,7 @@ class Together:
         for run in self.runs:
             for p, stacked, place in self._pairs(run):
                 state = self.optimizer.state[stacked]
-                _state(run.optimizer)[p] = {k: v[place] if v.ndim else v for k, v in state.items()}
+                state_of(run.optimizer)[p] = {k: v[place] if v.ndim else v for k, v in state.items()}
 
     # -- what the loop asks for ------------------------------------------------------------------------------------
     def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
@@ -289,12 +218,3 @@ class Together:
         if not torch.allclose(alone, joint, rtol=CLOSE, atol=CLOSE, equal_nan=True):
             raise Apart("trained at once their losses are not what they are alone")
         self.checked = True
-
-
-def clip_each(parameters: Sequence[Tensor], most: float) -> None:
-    """Scale the gradients of each of S stacked models so that its norm is at most `most`, as ``clip_grad_norm_``."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
-    factors = (most / (norms + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(factors.view(-1, *[1] * (grad.ndim - 1)))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from filtrun.lockstep import Apart, Stack, clip_each
 from filtrun.record import Record
+from filtrun.stack import Apart, Stack, clip_each
 from filtrun.sweep import Job, Outcome, make_jobs, run_jobs
 from filtrun.sweeps.together import groups
 
