@@ -1,21 +1,81 @@
-"""Peak training memory of SaRA, LoRA and full fine-tuning on the same denoiser, each in a fresh process.
+"""Peak training memory of methods on the same denoiser, each in a fresh process, beside the peft library's LoRA.
 
-Run with ``python -m bench.memory [--size large] [--image 32] [--batch 16] [--device cuda]``. On a CPU the figure is the
-growth of the resident set's high-water mark over its size when the model is loaded; on a GPU torch's own counter.
+Run with ``python -m bench.memory [--size large] [--width 256] [--image 32] [--batch 4] [--device cuda]``. On a CPU the
+figure is the growth of the resident set's high-water mark over its size when the model is loaded; on a GPU torch's own
+counter. LoRA, peft's LoRA and SNELL have rank 4 on the same layers, all convolutions and linear ones, without dropout.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
+from typing import Any
 
-METHODS = ("full", "lora", "sara", "sara-dense")
+METHODS = (
+    "full",
+    "full-recomputed",
+    "lora",
+    "lora-recomputed",
+    "peft-lora",
+    "snell",
+    "snell-kept",
+    "sara",
+    "sara-dense",
+)
+RANK = 4
 
 
-def measure(method: str, size: str, image: int, batch: int, device: str) -> dict[str, float]:
+def peft_lora(model: Any) -> int:
+    """Put peft's LoRA into the layers that filtrun's adapts; returns how many there are."""
+    import torch
+
+    from filtrun.methods.peft.lora import choose
+
+    layers = [n for n, m in choose(model, "all").items() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # one that does not fit torch would stop transformers, and so peft, from being imported
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name.startswith("torchvision") else find(name, *rest)  # type: ignore[assignment]
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers), model)
+    return len(layers)
+
+
+def make(method: str) -> Any:
+    """The method called so."""
+    from filtrun.methods.baseline.full import Full
+    from filtrun.methods.baseline.none import NoMethod
+    from filtrun.methods.peft.lora import LoRA
+    from filtrun.methods.peft.sara import SaRA
+    from filtrun.methods.peft.snell import SNELL
+
+    name = method.removesuffix("-recomputed")
+    made: Any
+    if name == "full":
+        made = Full()
+    elif name == "peft-lora":
+        made = NoMethod()
+        made.edit_model = lambda run: peft_lora(run.model) and None
+    elif name == "lora":
+        made = LoRA(rank=RANK)
+    elif name.startswith("snell"):
+        made = SNELL(rank=RANK, targets="all", dropout=0.0, drop_path=0.0, recompute=name == "snell")
+    else:
+        made = SaRA(fraction=0.15, memory="dense" if name.endswith("dense") else "scatter")
+    made.slug = method
+    return made
+
+
+def measure(method: str, size: str, width: int | None, image: int, batch: int, device: str) -> dict[str, float]:
     """Train three steps in this process and say how much memory that took, in MiB."""
+    from pathlib import Path
+
     import torch
     from lightning_fabric import Fabric
 
@@ -24,32 +84,21 @@ def measure(method: str, size: str, image: int, batch: int, device: str) -> dict
     from filtrun.cost import peak_memory, reset_peak_memory
     from filtrun.data.base import Batch
     from filtrun.data.digits import Digits
-    from filtrun.methods.baseline.full import Full
-    from filtrun.methods.peft.sara import SaRA
     from filtrun.models.unet import UNet
     from filtrun.stages import Stages
     from filtrun.tasks.diffuse import Diffuse
     from filtrun.trainer import Trainer
 
     torch.manual_seed(0)
-    if method == "full":
-        chosen = Full()
-    elif method == "lora":
-        from filtrun.methods.peft.lora import LoRA
-
-        chosen = LoRA()  # type: ignore[assignment]
-    else:
-        chosen = SaRA(fraction=0.15, memory="dense" if method.endswith("dense") else "scatter")  # type: ignore[assignment]
-    chosen.slug = method
+    chosen = make(method)
     fabric = Fabric(accelerator=device, devices=1)
     data = Digits()
     data.setup(0)
-    model = UNet(in_channels=3, num_classes=10, image_size=image, size=size).to(fabric.device)
-    from pathlib import Path
-
+    model = UNet(in_channels=3, num_classes=10, image_size=image, size=size, width=width).to(fabric.device)
+    total = sum(p.numel() for p in model.parameters())
     run = Run(
-        fabric=fabric, task=Diffuse(), data=data, model=model, methods=[chosen], trainer=Trainer(batch_size=batch),
-        stages=Stages(Path("/tmp")),
+        fabric=fabric, task=Diffuse(), data=data, model=model, methods=[chosen], stages=Stages(Path("/tmp")),
+        trainer=Trainer(batch_size=batch, checkpoint_activations=method.endswith("-recomputed")),
     )  # fmt: skip
     runner.edit(run)
     runner.setup(run)
@@ -61,10 +110,10 @@ def measure(method: str, size: str, image: int, batch: int, device: str) -> dict
         runner.train_step(run, Batch(x, ids % 10, ids))
         run.step += 1
         run.optimizer.zero_grad()
-    total = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     return {
         "peak": ((peak_memory(fabric.device) or 0) - (0 if device != "cpu" else before)) / 2**20,
-        "trainable": total,
+        "trainable": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "total": total,
     }
 
 
@@ -72,25 +121,31 @@ def main() -> None:
     """Measure every method in a process of its own and print the ratios to full fine-tuning."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="large")
+    parser.add_argument("--width", type=int)
     parser.add_argument("--image", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--method")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; full is always measured")
+    parser.add_argument("--method", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    settings = (options.size, options.image, options.batch, options.device)
+    settings = {k: v for k in ("size", "width", "image", "batch", "device") if (v := getattr(options, k)) is not None}
     if options.method:
-        print(json.dumps(measure(options.method, *settings)))
+        print(json.dumps(measure(options.method, **{"width": None, **settings})))
         return
-    found = {}
-    for method in METHODS:
-        flags = [f"--{k}={v}" for k, v in zip(("size", "image", "batch", "device"), settings, strict=True)]
+    found: dict[str, dict[str, float]] = {}
+    for method in dict.fromkeys(["full", *options.methods.split(",")]):
+        flags = [f"--{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "bench.memory", f"--method={method}", *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[method] = json.loads(done.stdout.splitlines()[-1])
-    print(f"peak training memory, unet {options.size}, {options.batch} images of {options.image} x {options.image}:")
+    told = f"{found['full']['total'] / 1e6:.1f} M, {options.batch} images of {options.image} x {options.image}"
+    print(f"peak training memory, unet {options.size}, {told}:")
     for method, values in found.items():
         share = values["peak"] / found["full"]["peak"]
-        print(f"  {method:<11} {values['peak']:8.1f} MiB  {share:5.2f} x full  {values['trainable']:>12,.0f} trained")
+        print(f"  {method:<16} {values['peak']:8.1f} MiB  {share:5.2f} x full  {values['trainable']:>12,.0f} trained")
+    for one, other, most in (("sara", "full", 0.6), ("snell", "lora", 1.0), ("lora", "peft-lora", 1.0)):
+        if one in found and other in found:
+            print(f"  {one} / {other}: {found[one]['peak'] / found[other]['peak']:.2f} (target: at most {most})")
 
 
 if __name__ == "__main__":

@@ -266,3 +266,38 @@ def test_verify_notices_an_update_that_is_too_dense(tmp_path: Path) -> None:
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SNELL(**options).attach(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("rule", ["code", "soft"])
+def test_a_large_update_in_blocks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    torch.manual_seed(0)
+    update = KernelUpdate(40, 37, 4, 0.8, rule, "distance", 0.1, torch.zeros(1))
+    whole = update.build(update.q_in, update.q_out, []).T
+    by_q = torch.autograd.grad((whole * torch.arange(37.0)[:, None]).square().sum(), update.parameters())
+    monkeypatch.setattr("filtrun.methods.peft.kernel_update.BLOCK", 40 * 5)
+    known: list[Tensor] = []
+    blocks = update.rows(update.q_in, update.q_out, known)
+    assert [len(block) for block in blocks] == [5] * 7 + [2]
+    rows = torch.cat(blocks)
+    torch.testing.assert_close(rows, whole)
+    again = torch.cat(update.rows(update.q_in, update.q_out, known))
+    assert torch.equal(again, rows) and len(known) == 1  # the backward pass makes the same update
+    found = torch.autograd.grad((rows * torch.arange(37.0)[:, None]).square().sum(), update.parameters())
+    for one, two in zip(found, by_q, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_with_large_updates_compute_what_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 16, 12))
+    SNELL(rank=4, sparsity=0.5, targets="all", head=False, **QUIET).attach(net)
+    x = torch.randn(2, 3, 4, 4)
+    expected = net(x)
+    wanted = torch.autograd.grad(expected.square().sum(), [p for p in net.parameters() if p.requires_grad])
+    for module in ("kernel_update", "snell"):
+        monkeypatch.setattr(f"filtrun.methods.peft.{module}.BLOCK", 100)
+    found = net(x)
+    torch.testing.assert_close(found, expected)
+    grads = torch.autograd.grad(found.square().sum(), [p for p in net.parameters() if p.requires_grad])
+    for one, two in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)

@@ -32,7 +32,7 @@ from filtrun.cost import saved_for_backward
 from filtrun.errors import UserError
 from filtrun.method import Method, train_head
 from filtrun.methods.peft.branches import drop_path
-from filtrun.methods.peft.kernel_update import KERNELS, RULES, KernelUpdate, recomputed
+from filtrun.methods.peft.kernel_update import BLOCK, KERNELS, RULES, KernelUpdate, recomputed
 from filtrun.methods.peft.places import JOINT
 from filtrun.options import check_options, opt
 from filtrun.surgery import (
@@ -80,6 +80,9 @@ class SparseBranch(nn.Module):
     def build(self, factors: list[Tensor], known: list[list[Tensor]] | None = None) -> Tensor:
         """The update in the shape of the weight."""
         made: list[Any] = [*self.parts]
+        if self.recompute and known is not None and self.shape.numel() > BLOCK:
+            blocks = [part.rows(factors[2 * i], factors[2 * i + 1], known[i]) for i, part in enumerate(made)]
+            return torch.cat([rows for part in blocks for rows in part]).view(self.shape)
         updates = [
             part.build(factors[2 * i], factors[2 * i + 1], None if known is None else known[i])
             for i, part in enumerate(made)
