@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from filtrun.errors import RunFailure, UserError
 from filtrun.record import Record
 from filtrun.sweep import run_jobs
 from filtrun.sweeps import on_slurm
+from filtrun.sweeps.claims import claim_path, holder, host
 
 pytest.importorskip("submitit", reason="needs submitit: pip install 'filtrun[slurm]'")
 
@@ -128,6 +130,28 @@ def test_a_lost_node_costs_no_cell_and_memory_that_is_short_costs_its_own(cells:
     assert second.error == "worker died: its job ended as OUT_OF_MEMORY; raise hydra.launcher.mem"
     assert Record.read(jobs[1].folder).status == "failed" and cells.left("cells") == []
     assert slurm.states()["100"] == "NODE_FAIL" and slurm.states()["101"] == "OUT_OF_MEMORY"
+
+
+@pytest.mark.slow
+def test_a_cell_of_a_lost_machine_is_begun_again_on_the_next(cells: Any, slurm: Cluster, tmp_path: Path) -> None:
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]  # process numbers of its own, as another machine has
+    if shutil.which(apart[0]) is None or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("processes cannot be put into a namespace of their own here")
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(srun.read_text().replace("exec ", f"exec {' '.join(apart)} "))
+    (whole,), (job,) = cells.make("whole", (0,)), cells.make("cells", (0,))
+    assert run_jobs([whole])[0].error == ""
+    found: list[Any] = []
+
+    def lost(_: int) -> None:
+        found.append(holder(claim_path(job.folder)))
+        fake.lose("100", "NODE_FAIL", slurm.home)
+
+    loser = cells.then(job, 20, lost)
+    outcome = run_jobs([job], workers=1, launcher="submitit_slurm")[0]
+    loser.join()
+    assert outcome.error == "" and cells.result(job) == cells.result(whole)
+    assert found[0].host not in ("", host()) and len(slurm.scripts()) == 2 and cells.left("cells") == []
 
 
 @pytest.mark.slow
