@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from filtrun.errors import RunFailure
 from filtrun.record import Record
 from filtrun.sweep import run_jobs
+from filtrun.sweeps.claims import holder
 from filtrun.sweeps.processes import read
 
 pytest.importorskip("submitit", reason="needs submitit: pip install 'filtrun[slurm]'")
@@ -115,10 +117,22 @@ def test_the_command_runs_a_grid_on_jobs(smoke: Any, tmp_path: Path) -> None:
     again = smoke(*words, "hydra.sweep.dir=jobs")
     assert again.code == 0 and again.err.count("there already") == 4
 
-    failing = smoke("-m", "model=resnet20", "model.width=4", "method=full", "trainer.lr=1e30,0.01", "workers=2",
-                    "hydra/launcher=submitit_local", "hydra.sweep.dir=jobs")  # fmt: skip
-    assert failing.code == 1 and "2 cells: 1 finished, 1 failed" in failing.out
-    assert "trainer.lr=1e+30: failed: the loss became nan" in failing.err
+    def kill_one() -> None:
+        while True:
+            for claim in Path("killed/.claims").glob("[!.]*"):
+                lines, who = read(Path("killed") / claim.name / "metrics.jsonl"), holder(claim)
+                if who is not None and lines.count("\n") >= 5:
+                    os.kill(who.pid, signal.SIGKILL)
+                    return
+            time.sleep(0.005)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    failing = smoke("-m", "model=resnet20", "model.width=4", "method=full", "trainer.steps=40", "trainer.log_every=1",
+                    "seed=0,1,2", "workers=1", "hydra/launcher=submitit_local", "hydra.sweep.dir=killed")  # fmt: skip
+    killer.join()
+    assert failing.code == 1 and "3 cells: 2 finished, 1 failed" in failing.out
+    assert "seed=0: failed: worker died: signal 9 (SIGKILL)" in failing.err
 
 
 @pytest.mark.slow
