@@ -40,14 +40,15 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[Way, float], **more: An
     ways: dict[int, Way] = {}
     monkeypatch.setattr(Way, "wrapped", lambda self, model: ways.setdefault(id(model), self) and model)
 
-    def step(self: Trials, net: nn.Module) -> tuple[float, float]:
+    def step(self: Trials, net: nn.Module) -> tuple[float, float, float]:
         way = ways[id(net)]
         first = way not in taken
         taken.append(way)
         if way in more.get("fails", ()):
             raise RuntimeError("no such kernel\nand a trace")
         loss = more.get("losses", {}).get(way, 2.5)
-        return (more.get("compiling", 0.0) if first and way.compile else seconds[way]), loss
+        wall = more.get("compiling", 0.0) if first and way.compile else seconds[way]
+        return wall, more.get("work", seconds)[way], loss
 
     monkeypatch.setattr(Trials, "_step", step)
     return taken
@@ -61,6 +62,11 @@ def test_the_plain_way_stays_unless_another_is_clearly_faster(
     choice = choose(ready(bench))
     assert choice.way == expected and choice.seconds["plain"] == 1e-3
     assert taken == [PLAIN, LAST] * 5  # in turn: what slows the machine down slows both
+
+
+def test_less_time_with_no_less_work_is_chance(bench: BenchRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, {PLAIN: 1e-3, LAST: 0.5e-3}, work={PLAIN: 1e-3, LAST: 0.97e-3})
+    assert choose(ready(bench)).way == PLAIN
 
 
 @pytest.mark.parametrize(
