@@ -36,6 +36,7 @@ bench: .venv/.extras
 	$(BIN)/python -m bench.augment
 	$(BIN)/python -m bench.sampler
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.lut
 	$(BIN)/python -m bench.sweep_overhead
 	$(BIN)/python -m bench.records
