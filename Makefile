@@ -34,6 +34,7 @@ bench: .venv/.extras
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.loop_overhead
 	$(BIN)/python -m bench.augment
+	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.sampler
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.speed

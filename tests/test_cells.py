@@ -5,6 +5,7 @@ import math
 import pytest
 
 from filtrun.cells import cell_digest, content, flat
+from filtrun.stages import digest
 
 CONFIG = {
     "seed": 1, "device": "cpu", "threads": 1, "name": "x", "stages": {"root": "a"}, "logger": {"l": {}}, "workers": 1,
@@ -52,6 +53,14 @@ def test_options_that_came_later_are_in_no_key_where_they_change_nothing():
     assert cell_digest(changed(data=CONFIG["data"] | later)) == cell_digest(CONFIG)
     for key, value in (("crop_padding", "zero"), ("alternate_flip", True), ("hue", 0.1)):
         assert cell_digest(changed(data=CONFIG["data"] | later | {key: value})) != cell_digest(CONFIG)
+
+
+def test_decoding_processes_do_not_matter_and_old_names_stay():
+    folder = {"_target_": "filtrun.data.folder.Folder", "root": "/a"}
+    names = {cell_digest(changed(data={**folder, "workers": n})) for n in (2, 0, None, 7)}
+    assert len(names) == 1
+    assert names.pop() == digest(content(changed(data={**folder, "workers": 2})))
+    assert content(changed(data={**folder, "workers": None}))["data"] == {**folder, "workers": 2}
 
 
 def test_a_folder_of_ones_own_is_its_content():

@@ -63,7 +63,9 @@ class Folder(Data):
         "auto", "decode everything at the start; auto: if it fits", choices=("auto", True, False)
     )
     memory_mb: int = opt(2048, "what in_memory=auto may use for decoded images", low=0)
-    workers: int = opt(2, "decoding processes for images that are not in memory", low=0, high=256)
+    workers: int | None = opt(
+        None, "decoding processes for images that are not in memory; null: by the machine's cores", low=0, high=256
+    )
 
     name: ClassVar[str] = "folder"
     licence: ClassVar[str] = "the user's own"

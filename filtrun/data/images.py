@@ -98,7 +98,9 @@ def decode(path: Path | str, channels: int | None = None, size: int | None = Non
 
     try:
         with Image.open(path) as opened:
-            image = _eight_bit(ImageOps.exif_transpose(opened), path)
+            opened.load()
+            ImageOps.exif_transpose(opened, in_place=True)
+            image = _eight_bit(opened, path)
     except UserError:
         raise
     except PermissionError as error:
@@ -111,7 +113,7 @@ def decode(path: Path | str, channels: int | None = None, size: int | None = Non
         reason = "of no known kind" if unknown else " ".join(str(error).split())[:100] or type(error).__name__
         raise UserError(f"{path} is not an image that can be read ({reason})") from error
     if channels is not None:
-        image = image.convert("L" if channels == 1 else "RGB")
+        image = _as_mode(image, "L" if channels == 1 else "RGB")
     if size is not None:
         image = _square(image, size)
     pixels = np.array(image)
@@ -132,7 +134,12 @@ def _eight_bit(image: Any, path: Path | str) -> Any:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if grey else "RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return _as_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+def _as_mode(image: Any, mode: str) -> Any:
+    """Converted, or as it is: PIL copies an image that has the mode already."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _square(image: Any, size: int) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def epoch_batches(
     rank: int = 0,
     world: int = 1,
     augment: Callable[[Tensor], Tensor] | None = None,
-    workers: int = 0,
+    workers: int | None = 0,
 ) -> Iterator[Batch]:
     """The batches of one epoch, on `device`.
 
@@ -52,7 +54,8 @@ def epoch_batches(
         rank, world: this process's slice. A short batch is shared out evenly; every rank gets the same number of
             batches, so with fewer images than ranks a slice may be empty.
         augment: called with x, float32 (n, C, H, W) in [0, 1], on `device`.
-        workers: decoding processes for a stream; 0 decodes in this one. A tensor-backed split needs none.
+        workers: decoding processes for a stream, which live on for the next epoch; 0 decodes in this one, None is
+            `workers_for`. A tensor-backed split needs none.
 
     Raises:
         UserError: `batch_size` below 1 or not divisible by `world`, an empty split, or an image that does not decode.
@@ -71,7 +74,19 @@ def epoch_batches(
     device = torch.device(device)
     if split.tensor_backed:
         return _from_tensor(split.to(device), slices, augment)
-    return _from_stream(split, slices, device, augment, workers, mix_seed("workers", seed, epoch))
+    workers = workers_for(device, world) if workers is None else workers
+    return _from_stream(split, slices, device, augment, workers)
+
+
+def workers_for(device: torch.device, processes: int = 1) -> int:
+    """Decoding processes that suit this machine's cores, for each of `processes` that train.
+
+    Beside a GPU all cores but the one that drives it, at most 16. Beside training on the CPU half of them, at least 2:
+    they are as many as training needs, and wait most of the time where decoding is light.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // max(1, processes))
+    return min(16, max(1, share - 1)) if device.type == "cuda" else min(16, max(2, share // 2))
 
 
 def _from_tensor(split: Split, slices: list[Tensor], augment: Callable[[Tensor], Tensor] | None) -> Iterator[Batch]:
@@ -85,24 +100,51 @@ def _from_tensor(split: Split, slices: list[Tensor], augment: Callable[[Tensor],
         yield batch
 
 
-class _Slices(Dataset):
-    """Each item is one whole batch, still uint8; an image that does not decode is passed on as its message.
+class _Batches(Dataset):
+    """Each item is one whole batch by its rows, still uint8; an image that does not decode is passed on as its message.
 
     (An exception raised in a worker would reach the user as a page of worker traceback.)
     """
 
-    def __init__(self, split: Split, slices: list[Tensor]) -> None:
-        self.split, self.slices = split, slices
+    def __init__(self, split: Split) -> None:
+        # another object: the split itself must be free to go, and its processes with it
+        self.split = Split(split.images, split.labels, split.index, parent_len=split.parent_len, name=split.name)
 
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor] | str:
-        rows = self.slices[i]
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | str:
         try:
             return self.split.read(rows), self.split.labels[rows], self.split.index[rows]
         except UserError as error:
             return str(error)
+
+
+class _Stream:
+    """The decoding processes of a split: they stay for the next epoch, since starting them stalls the training.
+
+    `order` is what the loader reads next, a list of rows for each batch. One user at a time.
+    """
+
+    def __init__(self, split: Split, workers: int, pin: bool) -> None:
+        self.order: list[Tensor] = []
+        self.busy = False
+        self.loader = DataLoader(
+            _Batches(split),
+            batch_size=None,
+            sampler=self,  # type: ignore[arg-type]
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin,
+            # its own generator: a loader otherwise takes its base seed from the global one
+            generator=torch.Generator().manual_seed(mix_seed("workers")),
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.order)
+
+
+_STREAMS: WeakKeyDictionary[Split, dict[tuple[int, bool], _Stream]] = WeakKeyDictionary()
 
 
 def _from_stream(
@@ -111,19 +153,20 @@ def _from_stream(
     device: torch.device,
     augment: Callable[[Tensor], Tensor] | None,
     workers: int,
-    worker_seed: int,
 ) -> Iterator[Batch]:
-    loader = DataLoader(
-        _Slices(split, slices),
-        batch_size=None,
-        num_workers=min(workers, len(slices)),
-        pin_memory=device.type == "cuda",
-        # its own generator: a loader otherwise takes its base seed from the global one
-        generator=torch.Generator().manual_seed(worker_seed),
-    )
-    for item in loader:
-        if isinstance(item, str):
-            raise UserError(item)
-        images, labels, index = (t.to(device, non_blocking=True) for t in item)
-        x = to_float(images)
-        yield Batch(x if augment is None else augment(x), labels, index)
+    key = workers, device.type == "cuda"
+    streams = _STREAMS.setdefault(split, {})
+    stream = streams.get(key)
+    if stream is None or stream.busy:  # in the middle of an epoch a method may want an epoch of its own
+        made = _Stream(split, *key)
+        stream = streams.setdefault(key, made) if stream is None else made
+    stream.order, stream.busy = slices, True
+    try:
+        for item in stream.loader:
+            if isinstance(item, str):
+                raise UserError(item)
+            images, labels, index = (t.to(device, non_blocking=True) for t in item)
+            x = to_float(images)
+            yield Batch(x if augment is None else augment(x), labels, index)
+    finally:
+        stream.busy = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
 import torch
 
 from filtrun.data.augment import Augment
-from filtrun.data.loader import batches_per_epoch, epoch_batches, epoch_order
+from filtrun.data.loader import _STREAMS, batches_per_epoch, epoch_batches, epoch_order, workers_for
 from filtrun.data.split import Split
 from filtrun.errors import UserError
 
@@ -100,6 +103,50 @@ def test_order_is_the_same_for_any_number_of_workers():
     state = torch.get_rng_state()
     assert order(split, workers=0) == order(split, workers=1) == order(split, workers=2) == order(tensor_split())
     assert torch.equal(torch.get_rng_state(), state), "the loader drew from the global generator"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_one_inside_the_other_and_epochs_left_early_do_not_mix(workers):
+    split = stream_split()
+    first, second = (order(tensor_split(), epoch=epoch) for epoch in (0, 1))
+
+    def ids(batch):
+        return batch.index.tolist()
+
+    common = {"seed": 0, "device": "cpu", "workers": workers}
+    outer = epoch_batches(split, 8, epoch=0, **common)
+    got = [ids(next(outer))]
+    assert [ids(b) for b in epoch_batches(split, 8, epoch=1, **common)] == second
+    got += [ids(b) for b in outer]
+    assert got == first
+    left = epoch_batches(split, 8, epoch=0, **common)
+    assert ids(next(left)) == first[0]
+    left.close()
+    for epoch, want in ((1, second), (0, first)):
+        assert [ids(b) for b in epoch_batches(split, 8, epoch=epoch, **common)] == want
+
+
+def test_decoding_processes_live_on_for_the_next_epoch():
+    split = stream_split()
+    pids = []
+    for epoch in range(2):
+        order(split, epoch=epoch, workers=2)
+        (stream,) = _STREAMS[split].values()
+        pids.append([worker.pid for worker in stream.loader._iterator._workers])
+    assert pids[0] == pids[1] and len(set(pids[0])) == 2
+    workers = stream.loader._iterator._workers
+    del split, stream
+    gc.collect()
+    for worker in workers:  # and go with the split
+        worker.join(30)
+        assert not worker.is_alive()
+
+
+def test_as_many_decoding_processes_as_the_cores_allow(monkeypatch):
+    for cores, cuda, cpu in ((1, 1, 2), (2, 1, 2), (8, 7, 4), (64, 16, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        assert workers_for(torch.device("cuda")) == cuda and workers_for(torch.device("cpu")) == cpu
+    assert workers_for(torch.device("cuda"), processes=8) == 7  # of 64 cores each has 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
