@@ -437,3 +437,22 @@ def test_alternating_flips_follow_the_epoch_of_the_run(tmp_path: Path) -> None:
         original = plain.batch([at[i] for i in index.tolist()]).x
         mirrored = alternating(index, epoch, 5)
         assert torch.equal(x, torch.where(mirrored.view(-1, 1, 1, 1), original.flip(-1), original))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3, "batch_size": 15}, {"clip": 0.0}])
+def test_a_step_without_fabric_s_wrappers_is_the_same_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    bench = BenchRun("full", VIT, tmp_path)
+    plain = bench.trained(steps=4, **options)
+    assert runner.is_plain(plain) and "forward" in vars(plain.net)
+    monkeypatch.setattr(runner, "is_plain", lambda run: False)
+    wrapped = bench.trained(steps=4, **options)
+    assert "forward" not in vars(wrapped.net)
+    pairs = zip(plain.model.parameters(), wrapped.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_fabric_converts_in_a_run_of_half_precision(tmp_path: Path) -> None:
+    run = BenchRun("full", VIT, tmp_path).trained(steps=1, precision="bf16")
+    assert "forward" not in vars(run.net)
