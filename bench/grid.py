@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filtrun.sweep import Job, make_jobs, run_jobs
+from filtrun.sweeps.jobs import Job, make_jobs, run_jobs
 
 WORKERS = 2
 METHODS = ("sara", "lora", "bitfit", "full")

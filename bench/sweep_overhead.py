@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from filtrun.sweep import Outcome, make_jobs, run_jobs
+from filtrun.sweeps.jobs import Outcome, make_jobs, run_jobs
 
 WORDS = [
     "scale=smoke", "data=digits", "task=classify", "model=resnet20", "model.width=4", "model.base=scratch",

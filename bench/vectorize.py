@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from filtrun.sweep import make_jobs, run_jobs
+from filtrun.sweeps.jobs import make_jobs, run_jobs
 
 WORDS = ["data=digits", "task=classify", "model=resnet20", "model.base=scratch", "method=full", "logger=none",
          "trainer.evaluate=false", "trainer.checkpoint_every=0"]  # fmt: skip

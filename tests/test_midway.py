@@ -17,8 +17,8 @@ from filtrun.launch import execute
 from filtrun.midway import rungs
 from filtrun.record import Record
 from filtrun.stopping import stop_asked, stops_at, training
-from filtrun.sweep import Job, make_jobs
 from filtrun.sweeps import watch
+from filtrun.sweeps.jobs import Job, make_jobs
 
 CLASSIFY = ["data=digits", "task=classify", "model=resnet20", "model.width=4", "model.base=scratch", "method=full"]
 DENOISE = ["data=digits", "method=lora", "model=unet"]

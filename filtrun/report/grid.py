@@ -18,7 +18,7 @@ from filtrun.report.select import check_keys, matches
 if TYPE_CHECKING:
     from filtrun.report.card import Card, Table
     from filtrun.report.select import Condition
-    from filtrun.sweep import Job
+    from filtrun.sweeps.jobs import Job
 
 DONE, MISSING = "finished", "not run"
 
@@ -93,7 +93,7 @@ def read_grid(
         seeds: instead of the card's.
         extra: overrides that say where cells run.
     """
-    from filtrun.sweep import make_jobs
+    from filtrun.sweeps.jobs import make_jobs
 
     how = table.scales.get(scale)
     chosen = tuple(row for row in table.rows if how is not None and (rows is None or row in rows))

@@ -10,9 +10,9 @@ from typing import Any
 from filtrun.errors import UserError
 from filtrun.search.loop import LOOK, News, TrialFailed
 from filtrun.search.space import overrides
-from filtrun.sweep import Job, make_jobs
 from filtrun.sweeps import watch
 from filtrun.sweeps.crew import Crew
+from filtrun.sweeps.jobs import Job, make_jobs
 
 PATIENCE = 30.0
 """Seconds that a cell which was told to end has for its record."""

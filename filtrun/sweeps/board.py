@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filtrun.sweep import Job
 from filtrun.sweeps.claims import Holder, me
+from filtrun.sweeps.jobs import Job
 
 FOLDER = ".sweeps"
 LIST = "cells.json"

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.errors import UserError
-from filtrun.sweep import Job, Outcome
 from filtrun.sweeps.expand import check_hydra, expand, pull, split_rows
+from filtrun.sweeps.jobs import Job, Outcome
 from filtrun.sweeps.kept import KeptSweep, read_sweep
 from filtrun.sweeps.launchers import launcher_of
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The cells of a sweep, and where they run (`launcher` and `options` as for `filtrun.sweep.run_jobs`).
+    """The cells of a sweep, and where they run (`launcher` and `options` as for `filtrun.sweeps.jobs.run_jobs`).
 
     `skipped`: those that do not apply, with the reason; `same`: cells another stands for.
     """

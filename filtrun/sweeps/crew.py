@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from filtrun.record import Record
-from filtrun.sweep import Job, Outcome
+from filtrun.sweeps.jobs import Job, Outcome
 from filtrun.sweeps.pool import Pool
 
 

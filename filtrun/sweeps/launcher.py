@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from filtrun.sweep import Job
 from filtrun.sweeps.board import Board
+from filtrun.sweeps.jobs import Job
 
 STOPPED = 130
 """Exit code of a worker that was stopped and has said so in the record: its cell is begun again."""

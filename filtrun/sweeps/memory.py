@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.record import FILE
-from filtrun.sweep import Job
+from filtrun.sweeps.jobs import Job
 from filtrun.sweeps.places import gpus, on_devices
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.errors import UserError
-from filtrun.sweep import Job
 from filtrun.sweeps.board import Board
+from filtrun.sweeps.jobs import Job
 from filtrun.sweeps.launcher import STOPPED, End
 from filtrun.sweeps.launcher_options import RayOptions
 from filtrun.sweeps.memory import wants_gpu

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.errors import UserError
-from filtrun.sweep import Job
 from filtrun.sweeps.board import Board
+from filtrun.sweeps.jobs import Job
 from filtrun.sweeps.launcher import STOPPED, End
 from filtrun.sweeps.launcher_options import SlurmOptions, minutes
 from filtrun.sweeps.on_submitit import FOLDER, Submitit, Submitted, import_submitit
@@ -129,13 +129,7 @@ class Slurm(Submitit):
             self.asked = time.monotonic()
             command = ["sacct", "-o", "JobID,State,NodeList", "--parsable2", "-j", ",".join(sorted(self.bases))]
             with contextlib.suppress(OSError, subprocess.SubprocessError):
-                told = subprocess.run(
-                    [*command, "-j", ",".join(sorted(self.bases))],
-                    capture_output=True,
-                    text=True,
-                    timeout=60,
-                    check=True,
-                ).stdout
+                told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
                 for number, stats in self.read(told).items():
                     words = stats["State"].upper().replace("+", " ").split()
                     self.known[number] = words[0] if words else "UNKNOWN"

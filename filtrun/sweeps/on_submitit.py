@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from filtrun.errors import UserError
-from filtrun.sweep import Job
 from filtrun.sweeps.board import Board
+from filtrun.sweeps.jobs import Job
 from filtrun.sweeps.launcher import End
 from filtrun.sweeps.launcher_options import LocalOptions, minutes
 from filtrun.sweeps.memory import devices_for

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filtrun.errors import RunFailure
 from filtrun.record import FILE, Record
-from filtrun.sweep import Job, Outcome
 from filtrun.sweeps.board import FOLDER, PARENT, Board
 from filtrun.sweeps.claims import Holder, claim_path, holder, release, seize
+from filtrun.sweeps.jobs import Job, Outcome
 from filtrun.sweeps.launcher import STOPPED, End, Launcher, Worker
 from filtrun.sweeps.life import beating, mtime, remove_abandoned
 from filtrun.sweeps.processes import PATIENCE, Processes

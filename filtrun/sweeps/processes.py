@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filtrun.sweep import Job
 from filtrun.sweeps.board import Board
+from filtrun.sweeps.jobs import Job
 from filtrun.sweeps.launcher import End
 from filtrun.sweeps.memory import devices_for
 from filtrun.sweeps.places import environment

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from filtrun.cells import cell_digest
-from filtrun.sweep import Job, Outcome, alone, attempt
+from filtrun.sweeps.alone import alone
+from filtrun.sweeps.jobs import Job, Outcome, attempt
 
 log = logging.getLogger("filtrun")
 

@@ -9,7 +9,7 @@ from typing import Any
 from filtrun.errors import Interrupted
 from filtrun.report import units
 from filtrun.report.sheet import metric_facts
-from filtrun.sweep import Job, Outcome, run_jobs
+from filtrun.sweeps.jobs import Job, Outcome, run_jobs
 
 
 def run_shown(
@@ -22,7 +22,7 @@ def run_shown(
 ) -> list[Outcome]:
     """Run a sweep and tell on stderr how it goes: with one worker in this process, each cell with its progress bar.
 
-    Arguments as for `filtrun.sweep.run_jobs`. Raises KeyboardInterrupt (from Interrupted) when stopped.
+    Arguments as for `filtrun.sweeps.jobs.run_jobs`. Raises KeyboardInterrupt (from Interrupted) when stopped.
     """
     from rich.console import Console
 

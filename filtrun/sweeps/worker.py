@@ -17,8 +17,8 @@ from pathlib import Path
 from filtrun.errors import UserError
 from filtrun.record import FILE, Record
 from filtrun.stopping import stops_at
-from filtrun.sweep import POLL, Job, run_job
 from filtrun.sweeps.board import Board
+from filtrun.sweeps.jobs import POLL, Job, run_job
 from filtrun.sweeps.launcher import STOPPED
 from filtrun.sweeps.life import Life
 

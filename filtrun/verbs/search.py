@@ -125,7 +125,7 @@ def checked(
 
     from filtrun.plan import make_plan
     from filtrun.search.space import overrides
-    from filtrun.sweep import make_jobs
+    from filtrun.sweeps.jobs import make_jobs
 
     for word in [*words, *(f"{d.key}=" for d in space)]:
         if word.startswith("seed="):

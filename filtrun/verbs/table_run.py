@@ -11,7 +11,7 @@ from filtrun.errors import Interrupted
 from filtrun.report import units
 from filtrun.report.grid import Grid, Slot, find_records
 from filtrun.report.units import plain
-from filtrun.sweep import Job, Outcome, run_jobs
+from filtrun.sweeps.jobs import Job, Outcome, run_jobs
 from filtrun.sweeps.view import counted, style, told
 
 
@@ -27,7 +27,7 @@ def run_missing(
     """Run what has no finished record and read the records again; returns the number of failures.
 
     Cells that several tables share are run once; with `force` finished ones run too, their old files are kept aside.
-    `workers`, `launcher` and `options` are those of `filtrun.sweep.run_jobs`.
+    `workers`, `launcher` and `options` are those of `filtrun.sweeps.jobs.run_jobs`.
     """
     from rich.console import Console
     from rich.text import Text

@@ -9,7 +9,7 @@ import pytest
 from filtrun.catalogue import entries
 from filtrun.report.evidence import measured
 from filtrun.report.grid import read_grid
-from filtrun.sweep import run_job
+from filtrun.sweeps.jobs import run_job
 
 PAPERS = {entry.name: entry.card for entry in entries("papers") if entry.status == "implemented"}
 

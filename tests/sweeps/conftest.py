@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from filtrun.record import Record
-from filtrun.sweep import Job, make_jobs
 from filtrun.sweeps.claims import claim_path, holder
+from filtrun.sweeps.jobs import Job, make_jobs
 
 WORDS = [
     "scale=smoke", "data=digits", "task=classify", "model=resnet20", "model.width=4", "model.base=scratch",

@@ -13,8 +13,8 @@ from filtrun.catalogue import entries
 from filtrun.cells import cell_digest
 from filtrun.errors import UserError
 from filtrun.record import Record, validate
-from filtrun.sweep import Job, Outcome
 from filtrun.sweeps.command import note_skipped, read_command
+from filtrun.sweeps.jobs import Job, Outcome
 from filtrun.sweeps.kept import read_sweep
 from filtrun.sweeps.view import best, summary, told
 

@@ -17,9 +17,9 @@ import pytest
 
 from filtrun.errors import RunFailure
 from filtrun.record import Record
-from filtrun.sweep import Job, Outcome, make_jobs, run_jobs
 from filtrun.sweeps import pool
 from filtrun.sweeps.claims import claim_path, holder
+from filtrun.sweeps.jobs import Job, Outcome, make_jobs, run_jobs
 from filtrun.sweeps.view import summary, told
 
 WORDS = [
@@ -82,7 +82,7 @@ def test_killed_workers_and_parents_change_no_result(tmp_path: Path) -> None:
     stages = f"stages.root={tmp_path / 'stages'}"
     script = tmp_path / "parent.py"  # the parent: its workers say that they were stopped
     script.write_text(
-        "from pathlib import Path\nfrom filtrun.sweep import make_jobs, run_jobs\n"
+        "from pathlib import Path\nfrom filtrun.sweeps.jobs import make_jobs, run_jobs\n"
         f"jobs = make_jobs({WORDS!r}, [0, 1, 2], Path({str(tmp_path / 'cells')!r}), extra=[{stages!r}])\n"
         "print([o.error for o in run_jobs(jobs, workers=2)])\n"
     )

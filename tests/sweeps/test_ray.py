@@ -13,7 +13,7 @@ import pytest
 
 from filtrun.errors import UserError
 from filtrun.record import Record
-from filtrun.sweep import run_jobs
+from filtrun.sweeps.jobs import run_jobs
 from filtrun.sweeps.launcher_options import RayOptions
 from filtrun.sweeps.on_ray import QUIET, Ray
 

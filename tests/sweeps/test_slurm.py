@@ -17,9 +17,9 @@ import pytest
 
 from filtrun.errors import RunFailure, UserError
 from filtrun.record import Record
-from filtrun.sweep import run_jobs
 from filtrun.sweeps import on_slurm
 from filtrun.sweeps.claims import claim_path, holder, host
+from filtrun.sweeps.jobs import run_jobs
 
 pytest.importorskip("submitit", reason="needs submitit: pip install 'filtrun[slurm]'")
 
@@ -174,7 +174,7 @@ def test_jobs_go_on_without_their_parent_unless_told_otherwise(
     (job,) = cells.make("cells", (0,))
     script = tmp_path / "parent.py"
     script.write_text(
-        "from pathlib import Path\nfrom filtrun.sweep import make_jobs, run_jobs\n"
+        "from pathlib import Path\nfrom filtrun.sweeps.jobs import make_jobs, run_jobs\n"
         f"jobs = make_jobs({cells.words!r}, [0], Path({str(tmp_path / 'cells')!r}), "
         f"extra=[{'stages.root=' + str(tmp_path / 'stages')!r}])\n"
         f"run_jobs(jobs, workers=1, launcher='submitit_slurm', options={{'detached': {detached}}})\n"

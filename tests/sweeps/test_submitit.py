@@ -15,8 +15,8 @@ import pytest
 
 from filtrun.errors import RunFailure
 from filtrun.record import Record
-from filtrun.sweep import run_jobs
 from filtrun.sweeps.claims import holder
+from filtrun.sweeps.jobs import run_jobs
 from filtrun.sweeps.processes import read
 
 pytest.importorskip("submitit", reason="needs submitit: pip install 'filtrun[slurm]'")
@@ -77,7 +77,7 @@ def test_a_job_that_is_lost_fails_its_cell_and_a_parent_that_is_lost_ends_the_jo
 
     script = tmp_path / "parent.py"
     script.write_text(
-        "from pathlib import Path\nfrom filtrun.sweep import make_jobs, run_jobs\n"
+        "from pathlib import Path\nfrom filtrun.sweeps.jobs import make_jobs, run_jobs\n"
         f"jobs = make_jobs({cells.words!r}, [2], Path({str(tmp_path / 'cells')!r}), "
         f"extra=[{'stages.root=' + str(tmp_path / 'stages')!r}])\n"
         "run_jobs(jobs, workers=1, launcher='submitit_local')\n"

@@ -12,7 +12,7 @@ from torch import nn
 
 from filtrun.record import Record
 from filtrun.stack import Apart, Stack, clip_each
-from filtrun.sweep import Job, Outcome, make_jobs, run_jobs
+from filtrun.sweeps.jobs import Job, Outcome, make_jobs, run_jobs
 from filtrun.sweeps.together import groups
 
 WORDS = [

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import gc
-import os
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +13,7 @@ from filtrun.composed import kept, stamp
 from filtrun.errors import Busy, Interrupted, RunFailure, Unfit, UserError
 from filtrun.record import FILE
 from filtrun.shared_base import composed_on_base
+from filtrun.sweeps.alone import alone
 
 POLL = 1.0
 """Seconds between two looks at a cell that another process is running."""
@@ -198,46 +193,3 @@ def changed(job: Job) -> int | None:
         return (job.folder / FILE).stat().st_mtime_ns
     except OSError:
         return None
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Leave the global settings of torch and Python as they were found, whatever a cell does to them.
-
-    Generators need no care: a run seeds them before it draws.
-    """
-    import torch
-
-    backends = torch.backends
-    settings: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_default_dtype, torch.get_default_dtype()),
-        (torch.set_num_threads, torch.get_num_threads()),
-        (torch.set_grad_enabled, torch.is_grad_enabled()),
-        (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
-        (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
-        (lambda value: setattr(backends.cudnn, "benchmark", value), backends.cudnn.benchmark),
-        (lambda value: setattr(backends.cudnn, "deterministic", value), backends.cudnn.deterministic),
-    ]
-    environment, path = dict(os.environ), list(sys.path)
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        for restore, value in settings:
-            restore(value)
-        sys.path[:] = path
-        for key in set(os.environ) - set(environment):
-            del os.environ[key]
-        os.environ.update(environment)
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
-        gc.collect()
-        _set_aside_what_stays()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
-@functools.cache
-def _set_aside_what_stays() -> None:
-    """Keep what the libraries made while they loaded out of later collections: looking through it takes 0.2 s each."""
-    gc.freeze()

@@ -13,10 +13,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from filtrun import sweep
 from filtrun.errors import Interrupted, RunFailure, UserError
 from filtrun.record import Record
-from filtrun.sweep import alone, make_jobs, run_jobs
+from filtrun.sweeps import jobs as sweep
+from filtrun.sweeps.alone import alone
+from filtrun.sweeps.jobs import make_jobs, run_jobs
 
 WORDS = ["scale=smoke", "data=digits", "model=resnet20", "model.width=4", "method=full"]
 
