@@ -160,8 +160,11 @@ def run_job(
     """
     from filtrun.sweeps.claims import claimed
 
-    with claimed(job.folder, sweep) as ours, alone():
-        return attempt(job, quiet=quiet) if ours and begins() else None
+    with claimed(job.folder, sweep) as ours:
+        if not ours or not begins():
+            return None
+        with alone():  # takes time to end, which a look at a cell in other hands should not
+            return attempt(job, quiet=quiet)
 
 
 def attempt(job: Job, *, quiet: bool = True, fit: Callable[[Any], None] | None = None) -> Outcome | None:
