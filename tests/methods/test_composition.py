@@ -91,6 +91,14 @@ def test_lora_is_merged_and_channels_are_gone(smoke: Smoke, tmp_path: Path) -> N
             assert conv.out_channels == norm.num_features == len(conv.weight)
 
 
+@pytest.mark.parametrize("other", ["ssf", "flora"])
+def test_who_stands_in_the_way_of_removal_is_named(other: str, smoke: Smoke, tmp_path: Path) -> None:
+    words = ["data=digits", *RESNET, "method.masksparsity.macs=0.3", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = smoke(f"method=[{other},masksparsity]", *words)
+    assert done.code == 2, done.err
+    assert f"method=masksparsity cannot take channels out of the layers as method={other} changed them" in done.err
+
+
 def test_loras_product_is_in_the_slim_weights(tmp_path: Path) -> None:
     """After removal: merged weight = frozen weight of the kept channels + product, and the output does not move."""
     run = BenchRun("[lora,masksparsity]", [*RESNET, "method.masksparsity.macs=0.3"], tmp_path).trained(steps=6)

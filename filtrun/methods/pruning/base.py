@@ -12,6 +12,7 @@ from torch import nn
 
 from filtrun import runner
 from filtrun.context import mix_seed, seed_generators
+from filtrun.errors import UserError
 from filtrun.method import Method
 from filtrun.methods.pruning.masks import MaskSet
 from filtrun.methods.pruning.removal import Removal, tensors_of
@@ -42,6 +43,7 @@ class Pruning(Method):
         self.measured: dict[str, float] = {}
         self.model: nn.Module | None = None
         self.weights: dict[str, nn.Parameter] = {}
+        self.beside: list[str] = []
 
     # -- for the methods ---------------------------------------------------------------------------------------------
     def remove(self, run: Run, removal: Removal) -> None:
@@ -54,6 +56,20 @@ class Pruning(Method):
         """Take channels out of `model` and note them; `remove` without the new optimizer."""
         removal.apply(model)
         self.removals.append(removal)
+
+    @contextmanager
+    def naming_others(self) -> Iterator[None]:
+        """Where a model does not run without some channels, say which methods changed its layers, if any did."""
+        try:
+            yield
+        except UserError as error:
+            if not self.beside or "does not run without" not in str(error):
+                raise
+            others = " and ".join(f"method={slug}" for slug in self.beside)
+            raise UserError(
+                f"method={self.slug} cannot take channels out of the layers as {others} changed them; method=lora goes "
+                f"with the removal of channels\n{error}"
+            ) from error
 
     def claim_channels(self, run: Run, groups: Iterable[Group], slim: bool = True) -> None:
         """Say that this method decides which channels of these groups stay (before the model is edited).
@@ -73,6 +89,7 @@ class Pruning(Method):
     # -- hooks -------------------------------------------------------------------------------------------------------
     def prepare(self, run: Run) -> None:
         self.model, self.weights = run.model, run.weights
+        self.beside = [m.slug for m in run.methods if m is not self and m.trains == "part"]
 
     def after_step(self, run: Run) -> None:
         self.masks.apply()

@@ -134,7 +134,8 @@ class ScorePruning(Pruning):
         self.macs = channels.macs(drop, layers)
         self.left = {g.name: g.size - len(rows) for g, rows in zip(channels.groups, drop, strict=True)}
         self.note(channels, drop)
-        removal = channels.remove(drop)
+        with self.naming_others():
+            removal = channels.remove(drop)
         if self.slim:
             self.take_out(model, removal)
             return

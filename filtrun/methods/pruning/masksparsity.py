@@ -147,7 +147,9 @@ class MaskSparsity(Pruning):
         self.numbers["channels"] = sum(len(keep) for keep in keeps)
         self.numbers["channels_left"] = sum(int(keep.sum()) for keep in keeps)
         self.numbers |= mean_scales(channels.groups, keeps)
-        self.take_out(model, channels.remove([(~keep).nonzero().flatten() for keep in keeps]))
+        with self.naming_others():
+            removal = channels.remove([(~keep).nonzero().flatten() for keep in keeps])
+        self.take_out(model, removal)
         return self
 
     # -- hooks -------------------------------------------------------------------------------------------------------
