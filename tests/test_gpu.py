@@ -43,6 +43,23 @@ def test_losses_agree_with_the_cpu(tmp_path: Path) -> None:
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 
+def test_seeds_trained_at_once_are_as_they_are_alone(tmp_path: Path) -> None:
+    from filtrun.sweeps.jobs import make_jobs, run_jobs
+
+    words = [
+        "scale=smoke", "data=digits", "task=classify", "model=resnet20", "model.base=scratch", "method=full",
+        "trainer.steps=5", "device=cuda", "logger=none",
+    ]  # fmt: skip
+    ends = {}
+    for way in ("true", "false"):
+        extra = [f"stages.root={tmp_path}/stages", f"vectorize={way}"]
+        ends[way] = run_jobs(make_jobs(words, (0, 1, 2), tmp_path / way, extra=extra))
+        assert [end.error for end in ends[way]] == [""] * 3
+    assert [end.record.cost.get("together") for end in ends["true"]] == [3, 3, 3]
+    for at_once, alone in zip(ends["true"], ends["false"], strict=True):
+        assert at_once.record.metrics["test/nll"] == pytest.approx(alone.record.metrics["test/nll"], rel=1e-2)
+
+
 def peak(sara: bool) -> int:
     torch.manual_seed(0)
     model = UNet(in_channels=3, num_classes=10, image_size=32, size="base").cuda()
