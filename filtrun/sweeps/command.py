@@ -51,16 +51,16 @@ def read_command(flags: Sequence[str], words: Sequence[str]) -> Sweep:
     rest, name = pull(words, "sweep")
     rest, rows = pull(rest, "rows")
     folders = config_dirs(flags, rest)
-    rest, launcher, options = launcher_of(rest, folders)
-    check_hydra(rest, flags)
     kept = read_sweep(name, folders) if name is not None else KeptSweep()
+    rest, launcher, options = launcher_of([*kept.overrides, *rest], folders)
+    check_hydra(rest, flags)
     if rows is not None:
         if kept.rows != ((),):
             raise UserError(f"rows=... and sweep={name} both list rows; use one of them")
         kept = replace(kept, rows=tuple(map(tuple, split_rows(_unquoted(rows)))))
     rest, sweep_dir = pull(rest, "hydra.sweep.dir")
     rest, _ = pull(rest, "hydra.searchpath")
-    cells = expand([*kept.overrides, *rest], kept.rows, folders)
+    cells = expand(rest, kept.rows, folders)
     if not folders:
         for cell in cells:
             check_optional(cell)

@@ -2,7 +2,8 @@
 
 A file is a mapping with these keys, all of which may be left out:
 
-    overrides     [override, ...]: of every cell; lists of values make a product, as on the command line
+    overrides     [override, ...]: of every cell; lists of values make a product, as on the command line; also where
+                  the sweep runs: workers=N, hydra/launcher=NAME, hydra.launcher.KEY=VALUE, hydra.sweep.dir=DIR
     rows          {row: [override, ...]}: values that belong together; every row goes with the whole product
     skip          a list of {when, because}: cells that do not apply, recorded as skipped with the reason; `when` are
                   conditions on the composed cell, such as "method=ftwt,task=diffuse" or "trainer.lr>0.1"

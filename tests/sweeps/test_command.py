@@ -76,6 +76,18 @@ def test_a_kept_sweep(own: Path) -> None:
     assert len(merged.jobs) == 2 and merged.same == 2
 
 
+def test_a_kept_sweep_says_where_it_runs(own: Path) -> None:
+    place = "hydra/launcher=submitit_slurm, hydra.launcher.partition=gpu, hydra.sweep.dir=there, workers=4"
+    (own / "sweep" / "mine.yaml").write_text(f"overrides: [{place}, 'seed=0,1']")
+    sweep = read_command(["--config-dir", str(own)], ["sweep=mine"])
+    assert (sweep.launcher, sweep.options["partition"], sweep.workers) == ("submitit_slurm", "gpu", 4)
+    assert {job.folder.parent for job in sweep.jobs} == {Path("there").absolute()} and len(sweep.jobs) == 2
+    given = read_command(
+        ["--config-dir", str(own)], ["sweep=mine", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=cpu"]
+    )
+    assert given.options["partition"] == "cpu"
+
+
 def test_what_is_wrong_with_a_kept_sweep(own: Path) -> None:
     path = own / "sweep" / "mine.yaml"
     for text, says in (
