@@ -38,7 +38,12 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[Way, float], **more: An
     """Let steps take these seconds; returns the list of steps that will have been taken."""
     taken: list[Way] = []
     ways: dict[int, Way] = {}
-    monkeypatch.setattr(Way, "wrapped", lambda self, model: ways.setdefault(id(model), self) and model)
+
+    def wrapped(self: Way, model: nn.Module) -> nn.Module:
+        ways[id(model)] = self  # an id may be that of an earlier copy, gone by now
+        return model
+
+    monkeypatch.setattr(Way, "wrapped", wrapped)
 
     def step(self: Trials, net: nn.Module) -> tuple[float, float, float]:
         way = ways[id(net)]
