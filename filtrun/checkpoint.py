@@ -104,11 +104,11 @@ class Checkpoints(Method):
         self._writing: Future[None] | None = None
 
     def _due(self, run: Run) -> bool:
-        due = run.step % self.every == 0 or stop_asked() if self.every else False
+        due = bool(self.every) and (run.step % self.every == 0 or stop_asked())
         return due and run.fabric.global_rank == 0
 
     def after_step(self, run: Run) -> None:
-        if not run.ends_epoch:
+        if (stop_asked() or self._due(run)) and not run.ends_epoch:
             self.after_epoch(run)
 
     def after_epoch(self, run: Run) -> None:

@@ -63,6 +63,8 @@ class Run:
 
     `measured` takes metrics (split/name) that a method has found on the way; they go into the record with its report.
 
+    `plain` says that Fabric has nothing to do in a step (one process, full precision), so that the loop passes it by.
+
     `model` is the plain module, `net` the same wrapped by Fabric (precision, DDP): losses call `net`, surgery edits
     `model`. `weights` maps each base tensor's name to its Parameter, taken before any edit.
     """
@@ -86,6 +88,7 @@ class Run:
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
     net: Any = None
     optimizer: Any = None
+    plain: bool = False
     speed: Choice | None = None
     phases: list[Phase] = field(default_factory=list)
     phase: Phase | None = None

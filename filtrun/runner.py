@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from filtrun.callbacks import Hold
@@ -77,7 +78,8 @@ def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
     if groups:
         optimizer = make_optimizer(run.trainer, groups, _no_matrices(run))
         run.net, run.optimizer = run.fabric.setup(way.wrapped(run.model), optimizer)
-        if is_plain(run) and way.compile is None:
+        run.plain = is_plain(run)
+        if run.plain and way.compile is None:
             # nothing to convert, nothing to reduce: the wrapper only takes time (and passes attributes on to the model)
             run.net.__dict__["forward"] = run.model.__call__
     else:
@@ -118,7 +120,7 @@ def chunks(batch: Any, parts: int) -> list[Any]:
 def train_step(run: Run, batch: Any) -> Tensor:
     """Forward, backward (over micro-batches) and one optimizer step; returns the mean loss, still on the device."""
     parts = chunks(batch, run.trainer.accumulate)
-    plain = is_plain(run)
+    plain = run.plain
     total: Tensor | None = None
     task_total: Tensor | None = None
     for i, part in enumerate(parts):
@@ -134,7 +136,9 @@ def train_step(run: Run, batch: Any) -> Tensor:
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
                 run.fabric.backward(loss)
-        loss, task_loss = loss.detach(), task_loss.detach()
+        same = task_loss is loss
+        loss = loss.detach()
+        task_loss = loss if same else task_loss.detach()
         total = loss if total is None else total + loss
         task_total = task_loss if task_total is None else task_total + task_loss
     run.each("after_backward")
@@ -147,6 +151,16 @@ def train_step(run: Run, batch: Any) -> Tensor:
     run.task_loss = task_total
     assert total is not None
     return total
+
+
+def drop_gradients(optimizer: Any) -> None:
+    """What ``optimizer.zero_grad()`` does, without torch's profiling around it, which costs as much as a small kernel."""
+    if type(getattr(optimizer, "optimizer", optimizer)).zero_grad is not torch.optim.Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def early_factor(run: Run, phase: Phase, done: int, group: dict[str, Any]) -> float:
@@ -198,7 +212,7 @@ def _phases(run: Run, step_of: Callable[[Run, Any], Tensor]) -> None:
                 run.total_loss = step_of(run, run.augment(batch))
                 run.step += 1
                 run.each("after_step")
-                run.optimizer.zero_grad()
+                drop_gradients(run.optimizer)
                 if run.step == end:
                     break
             run.each("after_epoch")

@@ -92,12 +92,14 @@ def workers_for(device: torch.device, processes: int = 1) -> int:
 def _from_tensor(split: Split, slices: list[Tensor], augment: Callable[[Tensor], Tensor] | None) -> Iterator[Batch]:
     if not slices:
         return
-    # The whole order moves in one copy; the pieces are views of it on the device.
-    for rows in torch.cat(slices).to(split.device, non_blocking=True).split([len(s) for s in slices]):
-        batch = split.batch(rows)
-        if augment is not None:
-            batch.x = augment(batch.x)
-        yield batch
+    # The whole order moves in one copy, and what is a number for each image is looked up once: the batches are views.
+    order, sizes = torch.cat(slices).to(split.device, non_blocking=True), [len(s) for s in slices]
+    index = split.index.index_select(0, order).split(sizes)
+    labels = split.labels.index_select(0, order).split(sizes) if split.labels.ndim == 1 else None
+    for i, rows in enumerate(order.split(sizes)):
+        x = to_float(split.read(rows))
+        y = split.labels.index_select(0, rows) if labels is None else labels[i]
+        yield Batch(x if augment is None else augment(x), y, index[i])
 
 
 class _Batches(Dataset):
