@@ -154,7 +154,7 @@ def train_step(run: Run, batch: Any) -> Tensor:
 
 
 def drop_gradients(optimizer: Any) -> None:
-    """What ``optimizer.zero_grad()`` does, without torch's profiling around it, which costs as much as a small kernel."""
+    """What ``optimizer.zero_grad()`` does, without torch's profiling around it: that costs as much as a kernel."""
     if type(getattr(optimizer, "optimizer", optimizer)).zero_grad is not torch.optim.Optimizer.zero_grad:
         optimizer.zero_grad()
         return

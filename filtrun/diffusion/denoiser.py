@@ -1,11 +1,7 @@
 """One denoiser over networks that predict eps, x0, v, a flow velocity or EDM's residual.
 
-Every parametrisation is affine: with the state x = x0 + sigma * eps (images in [-1, 1]),
-
-    x0 estimate = c_skip(sigma) * x + c_out(sigma) * net(c_in(sigma) * x, noise input, class)
-
-so training and sampling need only the three coefficients. The loss is the squared error of the network's own output
-by default, which is the published loss of each parametrisation (for "edm" it equals EDM's weighting of x0).
+The loss is the squared error of the network's own output by default, which is the published loss of each
+parametrisation (for "edm" it equals EDM's weighting of x0).
 """
 
 from __future__ import annotations
@@ -18,9 +14,8 @@ import torch
 from torch import Tensor
 
 from filtrun.diffusion.noise import DiscreteLevels, NoiseLevels
+from filtrun.diffusion.scaling import PREDICTIONS, Scaling, like, scaling
 from filtrun.errors import UserError, unknown
-
-PREDICTIONS = ("edm", "eps", "x0", "v", "flow")
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Prediction:
 
         What multistep samplers store: under CFG++ it is the unconditional estimate.
         """
-        scale = sigma if not isinstance(sigma, Tensor) else _like(sigma, x)
+        scale = sigma if not isinstance(sigma, Tensor) else like(sigma, x)
         return x - scale * self.eps
 
 
@@ -51,54 +46,6 @@ class Denoise(Protocol):
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction: ...
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Coefficients of one parametrisation, each of sigma's shape; `c_rest` = 1 - c_skip without cancellation."""
-
-    c_skip: Tensor
-    c_rest: Tensor
-    c_out: Tensor
-    c_in: Tensor
-
-    def x0(self, x: Tensor, output: Tensor) -> Tensor:
-        """Clean image from the state and the network's output."""
-        return _like(self.c_skip, x) * x + _like(self.c_out, x) * output
-
-    def eps(self, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-        """Noise from the state and the network's output: (x - x0) / sigma, accurate at small sigma too."""
-        return (_like(self.c_rest, x) * x - _like(self.c_out, x) * output) / _like(sigma, x)
-
-    def target(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-        """The output a perfect network would give for the state x0 + sigma * eps."""
-        return (_like(self.c_rest, x0) * x0 - _like(self.c_skip * sigma, x0) * eps) / _like(self.c_out, x0)
-
-
-def scaling(prediction: str, sigma: Tensor, sigma_data: float = 0.5) -> Scaling:
-    """Preconditioning of a parametrisation at `sigma` (any shape).
-
-    edm: Karras et al. 2022, Table 1. eps, x0 and v (Salimans & Ho 2022): the network sees z = x / sqrt(1 + sigma^2).
-    flow: the straight path z = (1 - t) x0 + t eps = x / (1 + sigma), t = sigma / (1 + sigma), with output eps - x0.
-
-    Raises:
-        UserError: unknown parametrisation.
-    """
-    one, squared = torch.ones_like(sigma), sigma**2
-    if prediction == "edm":
-        total = squared + sigma_data**2
-        root = total.sqrt()
-        return Scaling(sigma_data**2 / total, squared / total, sigma * sigma_data / root, 1 / root)
-    if prediction == "flow":
-        return Scaling(1 / (1 + sigma), sigma / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma))
-    total, c_in = 1 + squared, (1 + squared).rsqrt()
-    if prediction == "eps":
-        return Scaling(one, torch.zeros_like(sigma), -sigma, c_in)
-    if prediction == "x0":
-        return Scaling(torch.zeros_like(sigma), one, one, c_in)
-    if prediction == "v":
-        return Scaling(1 / total, squared / total, -sigma * c_in, c_in)
-    raise unknown("prediction", prediction, PREDICTIONS)
 
 
 class Denoiser:
@@ -157,6 +104,19 @@ class Denoiser:
         self.num_classes, self.null_id, self.sigma_data = num_classes, num_classes, sigma_data
         self.label_dropout, self.weighting, self.clip, self.dtype = label_dropout, weighting, clip, dtype
         self.nfe: float = 0
+        self._grid: Tensor | None = None
+        self._known: dict[int, tuple[Scaling, Tensor]] = {}
+
+    def begin(self, sigmas: Tensor) -> None:
+        """A sampler is going to run over `sigmas` (S + 1,): what depends on the level alone is computed for all.
+
+        A call with one of its elements, by place in memory (the grid is kept, so nothing else can lie there), finds it
+        without waiting for the device; any other level is computed in the call.
+        """
+        each = zip(scaling(self.prediction, sigmas, self.sigma_data).unbind(), self._time(sigmas).unbind(), strict=True)
+        self._grid = sigmas
+        place, apart = sigmas.data_ptr(), sigmas.stride(0) * sigmas.element_size()
+        self._known = {place + i * apart: level for i, level in enumerate(each)}
 
     def reset(self) -> None:
         """Set the count of network calls to zero."""
@@ -176,12 +136,14 @@ class Denoiser:
         prediction has M samples.
         """
         n = len(x)
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(n)
-        again, sigma_again = (x, sigma) if rows is None else (x[rows], sigma[rows])
+        again = x if rows is None else x[rows]
+        if isinstance(sigma, Tensor) and sigma.ndim:
+            sigma = torch.cat([sigma, sigma if rows is None else sigma[rows]])
         self.nfe += 1 + len(again) / n
         classes = torch.cat([self._classes(cond, x), self._classes(None, again)])
-        joint = self._predict(torch.cat([x, again]), torch.cat([sigma, sigma_again]), classes)
-        return Prediction(joint.x0[:n], joint.eps[:n]), Prediction(joint.x0[n:], joint.eps[n:])
+        joint = self._predict(torch.cat([x, again]), sigma, classes)
+        (x0, x0_again), (eps, eps_again) = (t.split([n, len(again)]) for t in (joint.x0, joint.eps))
+        return Prediction(x0, eps), Prediction(x0_again, eps_again)
 
     def loss(self, x0: Tensor, y: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
         """Training loss, a scalar: the mean of `losses`."""
@@ -216,37 +178,41 @@ class Denoiser:
         if drop_labels and y is not None and self.label_dropout > 0:
             classes = classes.masked_fill(torch.rand(n, device=x0.device) < self.label_dropout, self.null_id)
         c = scaling(self.prediction, sigma, self.sigma_data)
-        x = x0 + _like(sigma, x0) * eps
-        output = self._net(c, x, sigma, classes)
+        x = x0 + like(sigma, x0) * eps
+        output = self._net(c, x, self._time(sigma), classes)
         error = (output - c.target(x0, eps, sigma)).square().flatten(1).mean(1)
         return error if self.weighting == "target" else weight * c.c_out**2 * error
 
     def _predict(self, x: Tensor, sigma: Tensor | float, classes: Tensor) -> Prediction:
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        c = scaling(self.prediction, sigma, self.sigma_data)
-        output = self._net(c, x, sigma, classes)
+        c, time, sigma = self._level(x, sigma)
+        output = self._net(c, x, time, classes)
         x0 = c.x0(x, output)
         if self.clip is None:
             return Prediction(x0, c.eps(x, output, sigma))
         x0 = x0.clamp(-self.clip, self.clip)
-        return Prediction(x0, (x - x0) / _like(sigma, x))
+        return Prediction(x0, (x - x0) / like(sigma, x))
 
-    def _net(self, c: Scaling, x: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+    def _level(self, x: Tensor, sigma: Tensor | float) -> tuple[Scaling, Tensor, Tensor]:
+        """The coefficients, the network's noise input and sigma itself, each a scalar or (N,)."""
+        grid = self._grid
+        if isinstance(sigma, Tensor) and not sigma.ndim and grid is not None and grid.dtype == x.dtype == sigma.dtype:
+            known = self._known.get(sigma.data_ptr())
+            if known is not None:
+                return *known, sigma
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        return scaling(self.prediction, sigma, self.sigma_data), self._time(sigma), sigma
+
+    def _time(self, sigma: Tensor) -> Tensor:
+        """The network's noise input, of sigma's shape."""
         if self.time_input == "timestep":
-            time = self.levels.sigma_to_t(sigma)
-        elif self.time_input == "flow":
-            time = sigma / (1 + sigma)
-        else:
-            time = sigma.log() / 4
-        output = self.net((_like(c.c_in, x) * x).to(self.dtype), time.to(self.dtype), classes)
+            return self.levels.sigma_to_t(sigma)
+        return sigma / (1 + sigma) if self.time_input == "flow" else sigma.log() / 4
+
+    def _net(self, c: Scaling, x: Tensor, time: Tensor, classes: Tensor) -> Tensor:
+        output = self.net((like(c.c_in, x) * x).to(self.dtype), time.to(self.dtype).expand(len(x)), classes)
         return output.to(x.dtype)  # autocast nets answer in half precision; the state must not
 
     def _classes(self, cond: Tensor | None, x: Tensor) -> Tensor:
         if cond is None or self.num_classes == 0:
             return torch.full((len(x),), self.null_id, dtype=torch.int64, device=x.device)
         return cond.to(x.device)
-
-
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    """Give per-sample values (N,) the trailing axes of x; a scalar stays."""
-    return value.reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value

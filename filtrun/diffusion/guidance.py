@@ -129,7 +129,7 @@ def cfg(denoise: Denoise, scale: float) -> Denoise:
 def mixed(conditional: Prediction, unconditional: Prediction, scale: float) -> Prediction:
     """Unconditional + scale * (conditional - unconditional), for both x0 and eps."""
     d_c, d_u = conditional, unconditional
-    return Prediction(d_u.x0 + scale * (d_c.x0 - d_u.x0), d_u.eps + scale * (d_c.eps - d_u.eps))
+    return Prediction(d_u.x0.lerp(d_c.x0, scale), d_u.eps.lerp(d_c.eps, scale))
 
 
 def per_sample(value: Any, x: Tensor) -> Tensor:

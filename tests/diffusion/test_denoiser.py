@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from filtrun.diffusion.denoiser import PREDICTIONS, Denoiser, scaling
+from filtrun.diffusion.denoiser import Denoiser
 from filtrun.diffusion.mixture import Mixture
 from filtrun.diffusion.noise import DiscreteLevels, EDMLevels, noise_levels
+from filtrun.diffusion.scaling import PREDICTIONS, scaling
 from filtrun.errors import UserError
 
 SIGMA = torch.tensor([0.002, 0.03, 0.5, 1.0, 7.0, 80.0], dtype=torch.float64)
@@ -54,6 +55,42 @@ def test_perfect_net_gives_the_exact_denoiser(toy, prediction, kind):
     with_class, without = denoise.both(x, SIGMA, y)
     torch.testing.assert_close(with_class.x0, mixture(x, SIGMA, y).x0, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(without.eps, mixture(x, SIGMA).eps, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("time_input", ("c_noise", "timestep", "flow"))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_levels_of_an_announced_run_are_looked_up_and_give_the_same(prediction, time_input):
+    seen = []
+
+    def net(z, time, y):
+        seen.append(time.clone())
+        return (z * time.view(-1, 1)).sin() + y.view(-1, 1)
+
+    net.time_input = time_input
+    denoise = Denoiser(net, noise_levels("linear"), prediction, num_classes=4, clip=None)
+    x, y = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 4])
+    sigmas = torch.tensor([9.0, 2.5, 0.7, 0.0])
+    alone = [(denoise(x, s.item(), y), *denoise.both(x, s.clone(), y)) for s in sigmas[:-1]]
+    times, seen[:] = list(seen), []
+    denoise.begin(sigmas)
+    denoise._time = None  # looked up only: computing it again would fail
+    found = [(denoise(x, sigmas[i], y), *denoise.both(x, sigmas[i], y)) for i in range(3)]
+    for before, after in zip(alone, found, strict=True):
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one.x0, other.x0, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(one.eps, other.eps, rtol=1e-6, atol=1e-6)
+    for one, other in zip(times, seen, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_a_level_that_was_not_announced_is_computed():
+    denoise = Denoiser(lambda z, time, y: time.view(-1, 1) * torch.ones_like(z), noise_levels("edm"), "x0")
+    denoise.begin(torch.tensor([80.0, 5.0, 0.0]))
+    x = torch.zeros(2, 6)
+    for sigma in (torch.tensor(3.0), torch.tensor([3.0, 3.0]), 3.0, torch.tensor([1.0, 3.0])[1]):
+        torch.testing.assert_close(denoise(x, sigma).x0, torch.full((2, 6), math.log(3.0) / 4))
+    wide = denoise(x.double(), torch.tensor(5.0, dtype=torch.float64))
+    assert wide.x0.dtype == torch.float64
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
