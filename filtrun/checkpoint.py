@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from filtrun import runner
+from filtrun.aside import Aside
 from filtrun.errors import UserError
 from filtrun.method import Method
 from filtrun.pack import load_tree, pack_tree, write_packed
@@ -100,8 +100,7 @@ class Checkpoints(Method):
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self._pool: ThreadPoolExecutor | None = None
-        self._writing: Future[None] | None = None
+        self._writer: Aside[None] = Aside("checkpoint")
 
     def _due(self, run: Run) -> bool:
         due = bool(self.every) and (run.step % self.every == 0 or stop_asked())
@@ -119,22 +118,13 @@ class Checkpoints(Method):
             raise KeyboardInterrupt
 
     def _save(self, run: Run) -> None:
-        self.wait()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = self._pool.submit(_write, run.dir, run.step, _state(run))
+        self.wait()  # before the state is copied: two copies would not fit in memory where one just does
+        self._writer.start(_write, run.dir, run.step, _state(run))
 
     def wait(self) -> None:
         """Until the last checkpoint is written; raises what went wrong with it."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        self._writer.wait()
 
     def close(self) -> None:
         """Wait for the last checkpoint, for good."""
-        try:
-            self.wait()
-        finally:
-            if self._pool is not None:
-                self._pool.shutdown()
-                self._pool = None
+        self._writer.close()

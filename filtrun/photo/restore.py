@@ -34,7 +34,10 @@ def as_input(photo: Photo, *, display: bool) -> tuple[Tensor, float]:
     Linear light goes to a model that makes images for a screen (`display`) as it is; for others it is divided by its
     largest value, if that is above 1.
     """
-    x = torch.from_numpy(photo.pixels.astype(np.float32) / photo.peak).permute(2, 0, 1)[None].contiguous()
+    height, width = photo.size
+    made = np.empty((1, photo.pixels.shape[-1], height, width), np.float32)
+    np.divide(photo.pixels.transpose(2, 0, 1)[None], np.float32(photo.peak), out=made, dtype=np.float32)
+    x = torch.from_numpy(made)
     if photo.pixels.dtype != np.float32 or display:
         return x, 1.0
     scale = max(1.0, float(x.max()))

@@ -62,6 +62,7 @@ def write_tiff(
     rows = max(1, min(height, ROWS // max(1, width * channels * values.itemsize)))
     strips = []
     for top in range(0, height, rows):
+        stream.write(b"")  # adds nothing; the stream may be one that has been given up
         piece = values[top : top + rows]
         if not floating:  # horizontal differences (predictor 2)
             piece = np.concatenate([piece[:, :1], np.diff(piece, axis=1)], axis=1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ DEPTHS: dict[str, tuple[Any, ...]] = {
     "hdr": (np.float32,), "exr": (np.float32,),
 }  # fmt: skip
 QUALITY = 95
+BLOCK = 1 << 18
+"""Values that are made whole numbers at once, about."""
 
 
 def depth(format: str, wanted: Any) -> np.dtype:
@@ -35,9 +39,12 @@ def depth(format: str, wanted: Any) -> np.dtype:
 
 def quantise(values: np.ndarray, kind: np.dtype) -> np.ndarray:
     """Float values in [0, 1] as whole numbers of that type; float32 stays as it is."""
-    if kind == np.float32:
-        return values.astype(np.float32)
-    return (values.clip(0, 1) * np.iinfo(kind).max).round().astype(kind)
+    made = np.empty(values.shape, kind)
+    rows = max(1, BLOCK // max(1, values[:1].size))  # a large photo's intermediate values would take gigabytes
+    for top in range(0, len(values), rows):
+        piece = values[top : top + rows]
+        made[top : top + rows] = piece if kind == np.float32 else (piece.clip(0, 1) * np.iinfo(kind).max).round()
+    return made
 
 
 def write_photo(
@@ -51,6 +58,7 @@ def write_photo(
     dpi: tuple[float, float] | None = None,
     quality: int | None = None,
     replace: bool = False,
+    stop: threading.Event | None = None,
 ) -> list[str]:
     """Write an image file; its folder is made when it is missing.
 
@@ -62,6 +70,7 @@ def write_photo(
         icc: colour profile; one for grey pixels is left out where these become RGB.
         quality: 1 to 100, of JPEG and WebP.
         replace: a file that is there may be replaced.
+        stop: once it is set, by another thread, the file is given up with KeyboardInterrupt as soon as can be.
 
     Returns:
         What could not be kept, in words.
@@ -89,7 +98,9 @@ def write_photo(
     work = path.with_name(f".filtrun-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _encode(work, format, values, tags, block, icc, dpi, QUALITY if quality is None else quality)
+        _encode(work, format, values, tags, block, icc, dpi, QUALITY if quality is None else quality, stop)
+        if stop is not None and stop.is_set():  # encoders that do not write through the stream have not noticed
+            raise KeyboardInterrupt
         _publish(work, path, replace)
     except OSError as error:
         if isinstance(error, FileExistsError) and path.exists():
@@ -101,6 +112,19 @@ def write_photo(
         with contextlib.suppress(OSError):
             work.unlink(missing_ok=True)
     return notes
+
+
+class _Stream(io.BufferedWriter):
+    """A new file that is given up with KeyboardInterrupt at the next writing to it once `stop` is set."""
+
+    def __init__(self, path: Path, stop: threading.Event | None) -> None:
+        super().__init__(io.FileIO(path, "x"))
+        self.stop = stop
+
+    def write(self, data: Any, /) -> int:
+        if self.stop is not None and self.stop.is_set():
+            raise KeyboardInterrupt
+        return super().write(data)
 
 
 def _publish(work: Path, path: Path, replace: bool) -> None:
@@ -126,7 +150,7 @@ def _over_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def _encode(
     path: Path, format: str, values: np.ndarray, tags: dict[int, Any], block: bytes, icc: bytes | None,
-    dpi: tuple[float, float] | None, quality: int,
+    dpi: tuple[float, float] | None, quality: int, stop: threading.Event | None,
 ) -> None:  # fmt: skip
     from PIL import Image
 
@@ -136,7 +160,7 @@ def _encode(
     if format == "exr":
         _write_exr(path, values)
         return
-    with path.open("xb") as stream:
+    with _Stream(path, stop) as stream:
         if format == "tiff":
             write_tiff(stream, values, tags, icc, dpi)
         elif format == "png" and values.dtype == np.uint16:

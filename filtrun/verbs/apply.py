@@ -7,25 +7,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from filtrun.errors import RunFailure, UserError, closest
+from filtrun.errors import UserError, closest
 from filtrun.record import Record
 from filtrun.verbs import Parser
 from filtrun.verbs.show import locate
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from filtrun.context import Run
-    from filtrun.photo.masks import Masks
-    from filtrun.photo.names import Job
-    from filtrun.photo.read import Photo
-
-TOGETHER = 1 << 19
-"""Input pixels of images of one size that go through the model at once."""
 FITTING = {
     "classify": "it gives labels, no images; `filtrun show RUN` prints what it measured",
     "inverse": "it solves the inverse problem it was measured on; `filtrun show RUN` prints what it measured",
@@ -49,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
     from filtrun.photo import names
     from filtrun.photo.masks import Masks
+    from filtrun.photo.work import Work
     from filtrun.tasks.inpaint import Inpaint
     from filtrun.tasks.tonemap import ToneMap
 
@@ -168,126 +158,3 @@ def progress(count: int) -> Iterator[tuple[Callable[[], None], Callable[[str], N
 
     with bar:
         yield (lambda: bar.advance(line)), say
-
-
-@dataclass
-class Item:
-    """An image that is read and waits for the model."""
-
-    job: Job
-    photo: Photo
-    x: Tensor
-    scale: float
-    mask: Tensor | None
-
-
-@dataclass
-class Work:
-    """Reads, restores and writes images one after the other; those of one size and few pixels in groups."""
-
-    run: Run
-    masks: Masks | None
-    display: bool
-    quality: int | None
-    force: bool
-    advance: Callable[[], None]
-    say: Callable[[str], None]
-    written: int = 0
-    failed: int = 0
-    waiting: list[Item] = field(default_factory=list)
-
-    def all(self, jobs: Sequence[Job]) -> None:
-        """Process images; what goes wrong with one is said and does not stop the others."""
-        for job in jobs:
-            try:
-                item = self.read(job)
-            except UserError as error:
-                self.fail(str(error))
-                self.advance()
-                continue
-            if self.waiting and not self.fits(item):
-                self.flush()
-            self.waiting.append(item)
-        self.flush()
-
-    def read(self, job: Job) -> Item:
-        """The image and its mask. Raises UserError naming the file."""
-        from filtrun.photo.read import MAX_PIXELS, read_photo
-        from filtrun.photo.restore import as_input
-
-        photo = read_photo(job.source)
-        height, width = photo.size
-        ratio = int(getattr(self.run.task, "ratio", 1))
-        if height * width * ratio**2 > MAX_PIXELS:
-            told = f"{width * ratio}x{height * ratio}"
-            raise UserError(f"{job.source} would grow to {told} pixels; the most that is written is {MAX_PIXELS:,}")
-        mask = None if self.masks is None else self.masks.of(photo, job.name)
-        return Item(job, photo, *as_input(photo, display=self.display), mask)
-
-    def fits(self, item: Item) -> bool:
-        """Whether an image can go through the model together with those that wait."""
-        first = self.waiting[0].x
-        return item.x.shape == first.shape and (len(self.waiting) + 1) * first[0, 0].numel() <= TOGETHER
-
-    def flush(self) -> None:
-        """Process what waits."""
-        items, self.waiting = self.waiting, []
-        if not items:
-            return
-        try:
-            results: list[Any] = list(self.restore(items))
-        except (UserError, RuntimeError, MemoryError, ValueError) as error:
-            results = [error] if len(items) == 1 else [self.alone(item) for item in items]
-        for item, result in zip(items, results, strict=True):
-            if isinstance(result, BaseException):
-                reason = (str(result) or type(result).__name__).splitlines()[0]
-                self.fail(f"{item.job.source}: {reason}")
-            else:
-                self.write(item, result)
-            self.advance()
-
-    def alone(self, item: Item) -> Any:
-        """The result of one image, or why there is none."""
-        try:
-            return self.restore([item])[0]
-        except (UserError, RuntimeError, MemoryError, ValueError) as error:
-            return error
-
-    def restore(self, items: list[Item]) -> Tensor:
-        """(N, C, r * H, r * W) in [0, 1]."""
-        import torch
-
-        from filtrun.photo.restore import restored
-
-        masks = [item.mask for item in items if item.mask is not None]
-        return restored(self.run, torch.cat([item.x for item in items]), torch.cat(masks) if masks else None)
-
-    def write(self, item: Item, result: Tensor) -> None:
-        """Write a result with what its photograph carried. Raises RunFailure when the disk is full."""
-        import numpy as np
-
-        from filtrun.photo.restore import as_output
-        from filtrun.photo.write import depth, write_photo
-
-        photo, job = item.photo, item.job
-        kind = np.dtype(np.uint16) if self.display and photo.pixels.dtype == np.float32 else photo.pixels.dtype
-        kind = depth(job.format, kind)
-        try:
-            pixels, alpha = as_output(photo, result, item.scale, kind, display=self.display)
-            notes = write_photo(
-                job.target, job.format, pixels, alpha, exif=photo.exif, icc=photo.icc, dpi=photo.dpi,
-                quality=self.quality, replace=self.force,
-            )  # fmt: skip
-        except (UserError, MemoryError) as error:
-            self.fail(str(error) or f"{job.source} does not fit in memory")
-            return
-        except RunFailure as error:
-            raise RunFailure(f"{error} ({self.written} images are written)") from error
-        self.written += 1
-        for note in (*photo.notes, *notes):
-            self.say(f"{job.source}: {note}")
-
-    def fail(self, reason: str) -> None:
-        """Count and name what was skipped."""
-        self.failed += 1
-        self.say(f"skipped: {reason}")

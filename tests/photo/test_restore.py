@@ -121,6 +121,13 @@ def test_what_is_not_finite_and_other_failures():
         restored(run_of(Denoise(), nn.Conv2d(5, 3, 1)), torch.rand(1, 3, 99, 99))
 
 
+def test_whole_numbers_become_shares_of_white(cat):
+    for pixels, peak in ((cat, 255), (cat.astype(np.uint16) * 257 + 5, 65535)):
+        x, scale = as_input(Photo(Path("a"), pixels), display=False)
+        expected = torch.from_numpy(pixels.astype(np.float32) / np.float32(peak)).permute(2, 0, 1)[None]
+        assert scale == 1 and x.is_contiguous() and torch.equal(x, expected)
+
+
 def test_linear_light_is_scaled_by_its_peak():
     photo = Photo(Path("a.exr"), np.array([[[8.0], [-1.0], [0.5]]], np.float32))
     x, scale = as_input(photo, display=False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -124,6 +125,21 @@ def test_depths():
     assert quantise(values, np.dtype(np.uint8)).tolist() == [0, 0, 128, 255, 255]
     assert quantise(values, np.dtype(np.uint16)).tolist() == [0, 0, 32768, 65535, 65535]
     assert quantise(values, np.dtype(np.float32)).tolist() == values.tolist()
+    large = np.random.default_rng(0).random((3, 700, 900), np.float32).transpose(1, 2, 0) * 1.2 - 0.1
+    for kind in (np.uint8, np.uint16):  # in blocks of rows
+        whole = (large.clip(0, 1) * np.iinfo(kind).max).round().astype(kind)
+        assert np.array_equal(quantise(large, np.dtype(kind)), whole)
+
+
+@pytest.mark.parametrize("form", ["png", "png16", "tiff", "jpeg", "webp"])
+def test_a_file_is_given_up_when_that_is_wanted(tmp_path, cat, form):
+    stop = threading.Event()
+    pixels = cat.astype(np.uint16) * 257 if form == "png16" else cat
+    assert write_photo(tmp_path / "a", form.removesuffix("16"), pixels, stop=stop) == []
+    stop.set()
+    with pytest.raises(KeyboardInterrupt):
+        write_photo(tmp_path / "b", form.removesuffix("16"), pixels, stop=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_nothing_is_replaced_unless_asked(tmp_path, cat):

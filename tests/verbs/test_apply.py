@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -452,6 +454,24 @@ def test_the_real_command(runs, tmp_path, cat):
     assert (done.returncode, done.stdout) == (1, "out: 1 image written, 1 skipped\n"), done.stderr
     assert done.stderr == "filtrun: skipped: in/b.png is empty (0 bytes)\n"
     assert np.array_equal(read_photo(tmp_path / "out" / "a.png").pixels, cat)
+
+
+def test_ctrl_c_leaves_whole_files_only(runs, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
+    for i in range(12):
+        Image.fromarray(np.roll(noise, i, 0)).save(tmp_path / f"{i}.png", compress_level=0)
+    environment = os.environ | {"PYTHONPATH": str(runs), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "filtrun", "apply", str(runs / "same"), ".", "--out", "out", "--device", "cpu"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        out, end = tmp_path / "out", time.monotonic() + 120
+        while not (out / "0.png").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("filtrun: interrupted\n", 1)
+    made = sorted(path.name for path in out.iterdir())
+    assert "0.png" in made and len(made) < 12 and set(made) <= {f"{i}.png" for i in range(12)}
+    for name in made:
+        assert np.array_equal(read_photo(out / name).pixels, read_photo(tmp_path / name).pixels)
 
 
 def test_exit_codes(runs, tmp_path, cat, cli):
