@@ -1,8 +1,8 @@
 """Peak training memory of methods on the same denoiser, each in a fresh process, beside the peft library's LoRA.
 
 Run with ``python -m bench.memory [--size large] [--width 256] [--image 32] [--batch 4] [--device cuda]``. On a CPU the
-figure is the growth of the resident set's high-water mark over its size when the model is loaded; on a GPU torch's own
-counter. LoRA, peft's LoRA and SNELL have rank 4 on the same layers, all convolutions and linear ones, without dropout.
+figure is the growth of the resident set's high-water mark over its size when the model is loaded, on a GPU that of
+torch's own counter: activations, gradients, optimizer state, and the tensors the method adds. LoRA, peft's LoRA and SNELL have rank 4 on the same layers, all convolutions and linear ones, without dropout.
 """
 
 from __future__ import annotations
@@ -73,7 +73,16 @@ def make(method: str) -> Any:
 
 
 def measure(method: str, size: str, width: int | None, image: int, batch: int, device: str) -> dict[str, float]:
-    """Train three steps in this process and say how much memory that took, in MiB."""
+    """Train three steps in this process and say how much memory that took, in MiB.
+
+    The same with a tiny network comes first: what is imported and set up once must not count.
+    """
+    train(method, "tiny", None, 8, 1, device)
+    return train(method, size, width, image, batch, device)
+
+
+def train(method: str, size: str, width: int | None, image: int, batch: int, device: str) -> dict[str, float]:
+    """What `measure` says, of one network."""
     from pathlib import Path
 
     import torch
@@ -95,23 +104,26 @@ def measure(method: str, size: str, width: int | None, image: int, batch: int, d
     data = Digits()
     data.setup(0)
     model = UNet(in_channels=3, num_classes=10, image_size=image, size=size, width=width).to(fabric.device)
-    total = sum(p.numel() for p in model.parameters())
+    made = list(model.parameters())
+    total = sum(p.numel() for p in made)
     run = Run(
         fabric=fabric, task=Diffuse(), data=data, model=model, methods=[chosen], stages=Stages(Path("/tmp")),
         trainer=Trainer(batch_size=batch, checkpoint_activations=method.endswith("-recomputed")),
     )  # fmt: skip
+    reset_peak_memory(fabric.device)
+    before = peak_memory(fabric.device) or 0  # what the method adds to the model counts
     runner.edit(run)
     runner.setup(run)
     ids = torch.arange(batch, device=fabric.device)
     x = torch.rand(batch, 3, image, image, device=fabric.device)
-    reset_peak_memory(fabric.device)
-    before = peak_memory(fabric.device) or 0
+    reset_peak_memory(fabric.device)  # what it took to choose, once, does not
     for _ in range(3):
         runner.train_step(run, Batch(x, ids % 10, ids))
         run.step += 1
         run.optimizer.zero_grad()
     return {
-        "peak": ((peak_memory(fabric.device) or 0) - (0 if device != "cpu" else before)) / 2**20,
+        "peak": ((peak_memory(fabric.device) or 0) - before) / 2**20,
+        "model": sum(t.nbytes for t in made) / 2**20,
         "trainable": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "total": total,
     }
@@ -140,9 +152,14 @@ def main() -> None:
         found[method] = json.loads(done.stdout.splitlines()[-1])
     told = f"{found['full']['total'] / 1e6:.1f} M, {options.batch} images of {options.image} x {options.image}"
     print(f"peak training memory, unet {options.size}, {told}:")
+    full = found["full"]
     for method, values in found.items():
-        share = values["peak"] / found["full"]["peak"]
-        print(f"  {method:<16} {values['peak']:8.1f} MiB  {share:5.2f} x full  {values['trainable']:>12,.0f} trained")
+        share, whole = values["peak"] / full["peak"], (values["peak"] + full["model"]) / (full["peak"] + full["model"])
+        print(
+            f"  {method:<16} {values['peak']:8.1f} MiB  {share:5.2f} x full  {values['trainable']:>12,.0f} trained"
+            f"  (with the model's own {full['model']:.1f} MiB: {whole:.2f} x)",
+            flush=True,
+        )
     for one, other, most in (("sara", "full", 0.6), ("snell", "lora", 1.0), ("lora", "peft-lora", 1.0)):
         if one in found and other in found:
             print(f"  {one} / {other}: {found[one]['peak'] / found[other]['peak']:.2f} (target: at most {most})")

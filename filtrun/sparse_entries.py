@@ -12,6 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SMALL = 4096
+"""Up to as many positions are kept as they are: packing them would save little and costs a kernel a step."""
+
+
+def pack_positions(index: Tensor) -> Tensor:
+    """Ascending positions, int64 (k,), as the gaps between them in the smallest integers that hold those: uint8 mostly.
+
+    An eighth of the memory; where many entries train, 64-bit positions would take twice what the values do. Positions
+    of few entries, or too far apart, stay as they are.
+    """
+    if len(index) > SMALL:
+        gaps = index.diff(prepend=index.new_zeros(1))
+        widest = int(gaps.max())
+        for dtype in (torch.uint8, torch.int16, torch.int32):
+            if widest <= torch.iinfo(dtype).max:
+                return gaps.to(dtype)
+    return index
+
+
+def positions(packed: Tensor) -> Tensor:
+    """The int64 (k,) positions that `pack_positions` was given."""
+    return packed if packed.dtype == torch.int64 else packed.cumsum(0, dtype=torch.int64)
+
+
+FIRST = 2**62
+"""Place in the backward pass of what takes the chosen entries out of a dense gradient: before all layers that wait.
+
+Autograd goes by the age of what is ready, the latest first. These nodes are older than any forward pass: left to that
+rule they would come last, and all dense gradients would wait for them together.
+"""
+
 
 class _Entries(torch.autograd.Function):
     """Present a dense tensor whose chosen entries are the vector `values`; the gradient goes to `values` alone.
@@ -21,14 +52,14 @@ class _Entries(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dense: Tensor, index: Tensor) -> Tensor:
-        ctx.index = index
+    def forward(ctx: Any, values: Tensor, dense: Tensor, packed: Tensor) -> Tensor:
+        ctx.packed = packed
         same = torch.empty(0, dtype=dense.dtype, device=dense.device)
         return same.set_(dense.untyped_storage(), dense.storage_offset(), dense.size(), dense.stride())  # type: ignore[call-overload]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].take(ctx.index), None, None
+        return grads[0].take(positions(ctx.packed)), None, None
 
 
 def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -69,7 +100,7 @@ class ScatterEntries:
             del owner._parameters[at]
         module.register_parameter(f"{attribute}_values", self.values)
         module.register_buffer(f"{attribute}_dense", parameter.detach(), persistent=False)
-        module.register_buffer(f"{attribute}_index", index, persistent=False)
+        module.register_buffer(f"{attribute}_packed", pack_positions(index), persistent=False)
         self._bind()
 
     @property
@@ -81,13 +112,20 @@ class ScatterEntries:
     @property
     def index(self) -> Tensor:
         """Positions of the entries in the flattened tensor, int64 (k,)."""
+        return positions(self._packed)
+
+    @property
+    def _packed(self) -> Tensor:
         module, attribute = self.owners[0]
-        return module._buffers[f"{attribute}_index"]  # type: ignore[return-value]
+        return module._buffers[f"{attribute}_packed"]  # type: ignore[return-value]
 
     def _bind(self) -> None:
         self._bound = self.dense
         with torch.enable_grad():
-            seen = _Entries.apply(self.values, self.dense, self.index)
+            seen = _Entries.apply(self.values, self.dense, self._packed)
+        node = seen.grad_fn
+        if hasattr(node, "_set_sequence_nr"):
+            node._set_sequence_nr(FIRST)
         for owner, attribute in self.owners:
             object.__setattr__(owner, attribute, seen)
 
@@ -118,7 +156,7 @@ class ScatterEntries:
     def mask(self) -> Tensor:
         """Where training still acts, a bool tensor of the dense shape."""
         mask = torch.zeros(self.dense.shape, dtype=torch.bool, device=self.dense.device)
-        active = torch.ones_like(self.index, dtype=torch.bool) if self.active is None else self.active
+        active = torch.ones_like(self.values, dtype=torch.bool) if self.active is None else self.active
         return mask.put_(self.index, active)
 
     @torch.no_grad()
@@ -152,8 +190,8 @@ class ScatterEntries:
         if self._hook is not None:
             self._hook.remove()
         del module._parameters[f"{attribute}_values"], module._buffers[f"{attribute}_dense"]
-        del module._buffers[f"{attribute}_index"]
-        module._non_persistent_buffers_set -= {f"{attribute}_dense", f"{attribute}_index"}
+        del module._buffers[f"{attribute}_packed"]
+        module._non_persistent_buffers_set -= {f"{attribute}_dense", f"{attribute}_packed"}
         for (owner, at), order in zip(self.owners, self._orders, strict=True):
             object.__delattr__(owner, at)
             owner.register_parameter(at, parameter)
