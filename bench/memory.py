@@ -2,7 +2,9 @@
 
 Run with ``python -m bench.memory [--size large] [--width 256] [--image 32] [--batch 4] [--device cuda]``. On a CPU the
 figure is the growth of the resident set's high-water mark over its size when the model is loaded, on a GPU that of
-torch's own counter: activations, gradients, optimizer state, and the tensors the method adds. LoRA, peft's LoRA and SNELL have rank 4 on the same layers, all convolutions and linear ones, without dropout.
+torch's own counter: activations, gradients, optimizer state, and the tensors the method adds. ``--count`` adds up what
+torch allocates and frees instead, on a CPU: what a GPU's counter would say, without the kernels' own workspace.
+LoRA, peft's LoRA and SNELL have rank 4 on the same layers, all convolutions and linear ones, without dropout.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 METHODS = (
@@ -23,9 +26,11 @@ METHODS = (
     "snell",
     "snell-kept",
     "sara",
+    "sara-recomputed",
     "sara-dense",
 )
 RANK = 4
+Figures = dict[str, float]
 
 
 def peft_lora(model: Any) -> int:
@@ -72,16 +77,29 @@ def make(method: str) -> Any:
     return made
 
 
-def measure(method: str, size: str, width: int | None, image: int, batch: int, device: str) -> dict[str, float]:
+def measure(method: str, size: str, width: int | None, image: int, batch: int, device: str, count: bool) -> Figures:
     """Train three steps in this process and say how much memory that took, in MiB.
 
     The same with a tiny network comes first: what is imported and set up once must not count.
     """
-    train(method, "tiny", None, 8, 1, device)
-    return train(method, size, width, image, batch, device)
+    train(method, "tiny", None, 8, 1, device, False)
+    return train(method, size, width, image, batch, device, count)
 
 
-def train(method: str, size: str, width: int | None, image: int, batch: int, device: str) -> dict[str, float]:
+def allocated(work: Callable[[], None]) -> list[int]:
+    """Bytes that torch holds on the CPU beyond what it held before `work`, after each allocation and each freeing."""
+    from itertools import accumulate
+
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    return [0, *accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))]
+
+
+def train(method: str, size: str, width: int | None, image: int, batch: int, device: str, count: bool) -> Figures:
     """What `measure` says, of one network."""
     from pathlib import Path
 
@@ -110,19 +128,30 @@ def train(method: str, size: str, width: int | None, image: int, batch: int, dev
         fabric=fabric, task=Diffuse(), data=data, model=model, methods=[chosen], stages=Stages(Path("/tmp")),
         trainer=Trainer(batch_size=batch, checkpoint_activations=method.endswith("-recomputed")),
     )  # fmt: skip
-    reset_peak_memory(fabric.device)
-    before = peak_memory(fabric.device) or 0  # what the method adds to the model counts
-    runner.edit(run)
-    runner.setup(run)
     ids = torch.arange(batch, device=fabric.device)
     x = torch.rand(batch, 3, image, image, device=fabric.device)
-    reset_peak_memory(fabric.device)  # what it took to choose, once, does not
-    for _ in range(3):
-        runner.train_step(run, Batch(x, ids % 10, ids))
-        run.step += 1
-        run.optimizer.zero_grad()
+
+    def prepare() -> None:
+        runner.edit(run)
+        runner.setup(run)
+
+    def steps() -> None:
+        for _ in range(3):
+            runner.train_step(run, Batch(x, ids % 10, ids))
+            run.step += 1
+            run.optimizer.zero_grad()
+
+    if count:
+        peak = allocated(prepare)[-1] + max(allocated(steps))
+    else:
+        reset_peak_memory(fabric.device)
+        before = peak_memory(fabric.device) or 0  # what the method adds to the model counts
+        prepare()
+        reset_peak_memory(fabric.device)  # what it took to choose, once, does not
+        steps()
+        peak = (peak_memory(fabric.device) or 0) - before
     return {
-        "peak": ((peak_memory(fabric.device) or 0) - before) / 2**20,
+        "peak": peak / 2**20,
         "model": sum(t.nbytes for t in made) / 2**20,
         "trainable": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "total": total,
@@ -137,16 +166,17 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--count", action="store_true", help="what torch allocates, not the resident set (CPU)")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; full is always measured")
     parser.add_argument("--method", help=argparse.SUPPRESS)
     options = parser.parse_args()
     settings = {k: v for k in ("size", "width", "image", "batch", "device") if (v := getattr(options, k)) is not None}
     if options.method:
-        print(json.dumps(measure(options.method, **{"width": None, **settings})))
+        print(json.dumps(measure(options.method, **{"width": None, **settings}, count=options.count)))
         return
     found: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(["full", *options.methods.split(",")]):
-        flags = [f"--{key}={value}" for key, value in settings.items()]
+        flags = [f"--{key}={value}" for key, value in settings.items()] + ["--count"] * options.count
         command = [sys.executable, "-m", "bench.memory", f"--method={method}", *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[method] = json.loads(done.stdout.splitlines()[-1])
