@@ -30,16 +30,20 @@ lint: .venv/.extras
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The device for what can run on a GPU; a folder with CIFAR-10 (and the published script) for the speed run.
+DEVICE ?= cpu
+
 bench: .venv/.extras
 	$(BIN)/python -m bench.startup
-	$(BIN)/python -m bench.loop_overhead
-	$(BIN)/python -m bench.augment
-	$(BIN)/python -m bench.decode
-	$(BIN)/python -m bench.sampler
-	$(BIN)/python -m bench.memory
-	$(BIN)/python -m bench.speed
-	$(BIN)/python -m bench.lut
+	$(BIN)/python -m bench.loop_overhead --device $(DEVICE)
+	$(BIN)/python -m bench.augment --device $(DEVICE)
+	$(BIN)/python -m bench.decode --device $(DEVICE)
+	$(BIN)/python -m bench.sampler --device $(DEVICE)
+	$(BIN)/python -m bench.memory --device $(DEVICE)
+	$(BIN)/python -m bench.speed --device $(DEVICE)
+	$(BIN)/python -m bench.lut --device $(DEVICE)
 	$(BIN)/python -m bench.sweep_overhead
 	$(BIN)/python -m bench.records
-	$(BIN)/python -m bench.vectorize
+	$(BIN)/python -m bench.vectorize --device $(DEVICE)
 	$(BIN)/python -m bench.grid
+	$(if $(CIFAR),$(BIN)/python -m bench.speedrun --data $(CIFAR) $(if $(SCRIPT),--script $(SCRIPT)))
