@@ -163,7 +163,9 @@ class Work:
     def restore(self, items: list[Item]) -> Tensor:
         """(N, C, r * H, r * W) in [0, 1]."""
         masks = [item.mask for item in items if item.mask is not None]
-        return restored(self.run, torch.cat([item.x for item in items]), torch.cat(masks) if masks else None)
+        inputs = [item.x for item in items]
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs)  # no copy of a large one
+        return restored(self.run, x, torch.cat(masks) if masks else None)
 
     def output(self, item: Item, result: Tensor | Exception) -> Photo | UserError:
         """The photograph to be written, with what the one that was read carried, or why there is none."""
