@@ -38,6 +38,7 @@ bench: .venv/.extras
 	$(BIN)/python -m bench.loop_overhead --device $(DEVICE)
 	$(BIN)/python -m bench.augment --device $(DEVICE)
 	$(BIN)/python -m bench.decode --device $(DEVICE)
+	$(BIN)/python -m bench.write --device $(DEVICE)
 	$(BIN)/python -m bench.sampler --device $(DEVICE)
 	$(BIN)/python -m bench.memory --device $(DEVICE)
 	$(BIN)/python -m bench.speed --device $(DEVICE)
