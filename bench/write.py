@@ -1,10 +1,10 @@
 """``filtrun apply`` on many photographs: reading and writing beside the model against one after another.
 
-Run with ``python -m bench.write [--device cuda] [--threads N]``. Photographs of 2 megapixels, made of the two that come with
-scikit-learn, go through `filtrun.photo.work` twice a round: as it is, and with its threads replaced by calls where they
-are started. Ratios are taken pair by pair in one process, so that a machine that drifts favours neither; the files must
-be the same, byte for byte. The networks are those of runs made at smoke scale, and a stand-in that only waits, as a
-program does for a GPU, for as long as a photograph takes to be written.
+Run with ``python -m bench.write [--device cuda] [--threads N]``. Photographs of 2 megapixels, made of the two that come
+with scikit-learn, go through `filtrun.photo.work` twice a round: as it is, and with its threads replaced by calls where
+they are started. Ratios are taken pair by pair in one process, so that a machine that drifts favours neither; the files
+must be the same, byte for byte. The networks are those of runs made at smoke scale, and a stand-in that only waits, as
+a program does for a GPU, for as long as a photograph takes to be written.
 """
 
 from __future__ import annotations
