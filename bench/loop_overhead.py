@@ -33,6 +33,7 @@ from filtrun.data.loader import epoch_order
 from filtrun.loggers import JsonLines, Loggers
 from filtrun.method import Method
 from filtrun.methods.baseline.full import Full
+from filtrun.mixed import Mixed
 from filtrun.models.unet import UNet
 from filtrun.stages import Stages
 from filtrun.task import Task
@@ -49,6 +50,18 @@ def denoising(net: nn.Module, data: Digits) -> Loss:
     made_for = cast(Any, SimpleNamespace(net=net, data=SimpleNamespace(num_classes=10)))
     denoiser = Diffuse().denoiser(made_for)
     return lambda x, y: denoiser.loss(x * 2 - 1, y)
+
+
+class Autocast(nn.Module):
+    """A network in bfloat16, as a plain loop calls it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *args: Any) -> Tensor:
+        with torch.autocast(next(self.net.parameters()).device.type, dtype=torch.bfloat16):
+            return self.net(*args).float()  # type: ignore[no-any-return]
 
 
 def cross_entropy(net: nn.Module, data: Digits) -> Loss:
@@ -144,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", default="tiny", help="of the denoiser")
+    parser.add_argument("--precision", default="32", choices=("32", "bf16"))
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     options = parser.parse_args()
@@ -151,7 +165,9 @@ def main() -> None:
     clock = time.perf_counter if cuda else time.process_time
     if not cuda:
         torch.set_num_threads(options.threads)
-    fabric = Fabric(accelerator=options.device, devices=1)
+    half = options.precision == "bf16"
+    plugins = Mixed("bf16-mixed", device=options.device) if half else None
+    fabric = Fabric(accelerator=options.device, devices=1, plugins=plugins)
     data = Digits()
     data.setup(0)
     split = data.split("train").to(fabric.device)
@@ -173,8 +189,9 @@ def main() -> None:
             torch.manual_seed(0)
             models = [make().to(fabric.device) for _ in range(2)]
             stamps = Stamps(clock), Stamps(clock)
+            loss = loss_of(Autocast(models[0]) if half else models[0], data)
             pair = (
-                bare(models[0], loss_of(models[0], data), split.images, split.labels, trainer, stamps[0]),  # type: ignore[arg-type]
+                bare(models[0], loss, split.images, split.labels, trainer, stamps[0]),  # type: ignore[arg-type]
                 ours(models[1], task(), data, trainer, fabric, Path(folder), stamps[1]),
             )
             best = [float("inf")] * 2
@@ -189,7 +206,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if cuda else f"{options.threads} CPU thread(s), CPU time"
     overhead = found["linear"][1] - found["linear"][0]
     plain, with_us = found["unet"]
-    print(f"loop overhead on {where}, fastest stretch of {options.rounds} rounds:")
+    print(f"loop overhead on {where}, {options.precision}, fastest stretch of {options.rounds} rounds:")
     print(f"  linear classifier: bare step {found['linear'][0] * 1e6:.0f} us, filtrun {overhead * 1e6:+.0f} us a step")
     print(f"  unet {options.size}: bare step {plain * 1e3:.2f} ms, filtrun / bare = {with_us / plain:.4f} measured")
     for step in (plain, 3e-3, 1e-3):

@@ -63,7 +63,7 @@ class Run:
 
     `measured` takes metrics (split/name) that a method has found on the way; they go into the record with its report.
 
-    `plain` says that Fabric has nothing to do in a step (one process, full precision), so that the loop passes it by.
+    `plain` says that Fabric has nothing to do in a step (one process, no scaled loss), so that the loop passes it by.
 
     `model` is the plain module, `net` the same wrapped by Fabric (precision, DDP): losses call `net`, surgery edits
     `model`. `weights` maps each base tensor's name to its Parameter, taken before any edit.

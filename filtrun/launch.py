@@ -154,7 +154,6 @@ def make_fabric(plan: Any, device: str, devices: int) -> Any:
         kind = "cuda" if there else "cpu"
     if kind == "cpu" and plan.trainer.precision == "16":
         raise UserError("trainer.precision=16 needs a CUDA device; use bf16 or 32 on a CPU")
-    precision: Any = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[plan.trainer.precision]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     nodes = plan.trainer.nodes
     if world > 1:  # torchrun started the processes and says how many there are
@@ -164,7 +163,17 @@ def make_fabric(plan: Any, device: str, devices: int) -> Any:
     strategy = ddp(plan, spawn=world == 1 and nodes == 1) if several else "auto"
     chosen: Any = [int(number)] if number else devices
     _plugins_looked_up_once()
-    return Fabric(accelerator=kind, devices=chosen, num_nodes=nodes, strategy=strategy, precision=precision)
+    plugins = _mixed(plan.trainer.precision, kind)
+    return Fabric(accelerator=kind, devices=chosen, num_nodes=nodes, strategy=strategy, plugins=plugins)
+
+
+def _mixed(precision: str, kind: str) -> Any:
+    """Fabric's plugin for `precision` on a kind of device; None for full precision."""
+    if precision == "32":
+        return None
+    from filtrun.mixed import Mixed
+
+    return Mixed("bf16-mixed" if precision == "bf16" else "16-mixed", device=kind)
 
 
 @functools.cache

@@ -80,18 +80,32 @@ def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
         run.net, run.optimizer = run.fabric.setup(way.wrapped(run.model), optimizer)
         run.plain = is_plain(run)
         if run.plain and way.compile is None:
-            # nothing to convert, nothing to reduce: the wrapper only takes time (and passes attributes on to the model)
-            run.net.__dict__["forward"] = run.model.__call__
+            # nothing to reduce: the wrapper only takes time (and passes attributes on to the model)
+            run.net.__dict__["forward"] = _forward(run)
     else:
         run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
 
 
 def is_plain(run: Run) -> bool:
-    """Whether Fabric has nothing to do in a step: one process in full precision."""
+    """Whether Fabric has nothing to do in a step but autocast: one process, and no loss to be scaled."""
     from lightning_fabric.strategies import SingleDeviceStrategy
 
     strategy = run.fabric.strategy
-    return isinstance(strategy, SingleDeviceStrategy) and strategy.precision.precision == "32-true"
+    return isinstance(strategy, SingleDeviceStrategy) and strategy.precision.precision in ("32-true", "bf16-mixed")
+
+
+def _forward(run: Run) -> Callable[..., Any]:
+    """The model's forward pass in the run's precision."""
+    model, precision = run.model.__call__, run.fabric.strategy.precision
+    if precision.precision == "32-true":
+        return model
+
+    def forward(*args: Any, **options: Any) -> Any:
+        with precision.forward_context():
+            output = model(*args, **options)
+        return precision.convert_output(output)
+
+    return forward
 
 
 def refit(run: Run) -> None:

@@ -439,7 +439,7 @@ def test_alternating_flips_follow_the_epoch_of_the_run(tmp_path: Path) -> None:
         assert torch.equal(x, torch.where(mirrored.view(-1, 1, 1, 1), original.flip(-1), original))
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 3, "batch_size": 15}, {"clip": 0.0}])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3, "batch_size": 15}, {"clip": 0.0}, {"precision": "bf16"}])
 def test_a_step_without_fabric_s_wrappers_is_the_same_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -453,6 +453,19 @@ def test_a_step_without_fabric_s_wrappers_is_the_same_to_the_bit(
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_fabric_converts_in_a_run_of_half_precision(tmp_path: Path) -> None:
-    run = BenchRun("full", VIT, tmp_path).trained(steps=1, precision="bf16")
-    assert "forward" not in vars(run.net)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_half_precision_reaches_layers_and_not_the_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    if wrapped:
+        monkeypatch.setattr(runner, "is_plain", lambda run: False)
+    bench = BenchRun("full", VIT, tmp_path)
+    run = bench.fresh(steps=1, precision="bf16")
+    seen: list[torch.dtype] = []
+    run.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    layer = next(m for m in run.model.modules() if isinstance(m, torch.nn.Linear))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    runner.setup(run)
+    assert ("forward" in vars(run.net)) is not wrapped
+    out = run.net(torch.rand(2, 1, 8, 8) * 999)
+    assert out.dtype == torch.float32 and seen == [torch.float32, torch.bfloat16]
