@@ -22,6 +22,7 @@ from filtrun import conformance_checks as checks
 from filtrun import runner
 from filtrun.bench_run import ANY, IMAGE_SETTINGS, SETTINGS, BenchRun, tiny
 from filtrun.conformance_checks import Failed, Skip
+from filtrun.conformance_waits import steps_do_not_wait
 from filtrun.errors import Unfit, UserError
 from filtrun.method import Method
 
@@ -48,6 +49,7 @@ MODEL_CHECKS: dict[str, Callable[[BenchRun], None]] = {
     "works under no_grad": checks.works_without_gradients,
     "resumes": checks.resumes,
     "gradient accumulation": checks.accumulates,
+    "steps do not wait": steps_do_not_wait,
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from filtrun.constants import constant
 from filtrun.errors import UserError, unknown
 
 
@@ -51,7 +52,7 @@ def gradient(x: Tensor, y: Tensor) -> Tensor:
 
 def edge(x: Tensor, y: Tensor) -> Tensor:
     """Charbonnier distance of the Laplacians (kernel 0 1 0 / 1 -4 1 / 0 1 0), inside the image."""
-    kernel = x.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(x.shape[1], 1, 3, 3)
+    kernel = constant(((0, 1, 0), (1, -4, 1), (0, 1, 0)), x.dtype, x.device).expand(x.shape[1], 1, 3, 3)
     d = F.conv2d(x - y, kernel, groups=x.shape[1])
     return (d.square() + 1e-6).sqrt().mean()
 

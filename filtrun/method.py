@@ -39,6 +39,8 @@ class Method:
     - `combines`: its `guide` is a rule of classifier-free guidance: it combines the conditional and the unconditional
       prediction. It takes the place of the task's own guidance, and a run has at most one.
     - `nan_ok`: its own loss term may be NaN or infinite now and then without the run being stopped.
+    - `waits`: functions that wait for the device in every training step -> why they must: nothing else may, but for
+      what a method does every few steps, or when a phase or an epoch starts or ends. Models and tasks may have it too.
     - `paper`: title, link and year, as shown by ``filtrun list`` and ``info``.
     """
 
@@ -49,6 +51,7 @@ class Method:
     unused_params: ClassVar[bool] = False
     combines: ClassVar[bool] = False
     nan_ok: ClassVar[bool] = False
+    waits: ClassVar[dict[str, str]] = {}
     paper: ClassVar[str] = ""
 
     slug: ClassVar[str] = ""

@@ -164,6 +164,36 @@ class StatesRank(Bias):
         return {"rank": 1}
 
 
+@dataclass
+class ReadsTheLoss(Bias):
+    """Looks at the loss in every step (a baseline for tests)."""
+
+    every: int = 1
+
+    def after_step(self, run: Run) -> None:
+        if run.step % self.every == 0:
+            self.last = float(run.total_loss)
+
+
+@dataclass
+class MayRead(ReadsTheLoss):
+    """The same, and says why (a baseline for tests)."""
+
+    waits: ClassVar[dict[str, str]] = {"after_step": "its rule is one of the loss"}
+
+
+@dataclass
+class StaysBehind(Bias):
+    """Keeps on the CPU what it adds to the gradient (a baseline for tests)."""
+
+    def edit_model(self, run: Run) -> None:
+        super().edit_model(run)
+        self.added = torch.full((len(self.bias(run)),), 1e-3)
+
+    def after_backward(self, run: Run) -> None:
+        self.bias(run).grad.add_(self.added)
+
+
 class Loose(Method):
     """Takes any option (a baseline for tests)."""
 
@@ -195,6 +225,8 @@ def test_a_method_that_keeps_its_promises_passes() -> None:
         (Stale, "works under no_grad", "differs by 0.00"),
         (Unnamed, "names its source", "paper is empty"),
         (StatesRank, "stated numbers", "states rank 1, but head.weight"),
+        (ReadsTheLoss, "steps do not wait", "ReadsTheLoss.after_step: item waits for the device (step 2)"),
+        (StaysBehind, "steps do not wait", "StaysBehind.after_backward: add_ mixes devices (step 0)"),
         (Loose, "refuses bad options", "no_such_option=1 is taken without complaint"),
     ],
 )
@@ -202,6 +234,11 @@ def test_exactly_the_broken_promise_fails(broken: type[Method], check: str, reas
     found = failed(broken, *VIT, ddp=False)
     assert list(found) == [check]
     assert reason in found[check]
+
+
+@pytest.mark.parametrize("made", [lambda: ReadsTheLoss(every=3), MayRead], ids=["every third step", "allowed"])
+def test_a_method_may_wait_now_and_then_or_say_why(made: Callable[[], Method]) -> None:
+    assert failed(made, *VIT, ddp=False) == {}
 
 
 def test_nan_fails_the_two_checks_for_it() -> None:

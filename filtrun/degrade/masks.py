@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from filtrun.constants import constant
 from filtrun.degrade.noise import rand
 from filtrun.errors import UserError
 
@@ -35,7 +36,7 @@ def stroke_masks(
     """
     n, device = len(ratio), ratio.device
     draws = rand((n, strokes, 2 * points + 3), device, generator)
-    start = draws[..., :2] * torch.tensor([height, width], device=device)
+    start = draws[..., :2] * constant((height, width), torch.int64, device)
     angle = 2 * math.pi * (draws[..., 2:3] + (draws[..., 3 : points + 2] - 0.5).cumsum(-1))
     step = (0.1 + 0.3 * draws[..., points + 2 : 2 * points + 1]) * math.hypot(height, width) / 2
     moves = torch.stack([step * angle.sin(), step * angle.cos()], -1).cumsum(-2)

@@ -191,10 +191,11 @@ class DPMSolverV3:
         plan, steps = self.integrals, len(values) - 1
         corrector = self.corrector or ("full" if steps <= 6 else "none")
         pseudo = steps <= 5 if self.pseudo_predictor is None else self.pseudo_predictor
+        linear = plan.l[points].to(x)
+        predictors, correctors = self._weights(points, values, corrector, pseudo, x)
         begin(denoise, levels)
         history: list[Tensor] = []  # f at points[0], points[1], ..., newest last
         before = predicted = x
-        used = 0
         for i in range(steps):
             x = begin_step(denoise, i, x, cond)
             now = denoise(x, levels[i], cond)
@@ -202,19 +203,38 @@ class DPMSolverV3:
                 callback(i, levels[i], x, now)
             if i == steps - 1 and to_zero:
                 return now.x0
-            history.append(x - now.x0 - plan.l[points[i]].to(x) * x)
-            reach = used + self.pseudo_corrector
-            if i > 0 and reach > 1 and self._corrects(corrector, values[i]):
-                nodes = [i - 1, i, *range(i - 2, i - reach, -1)]
-                step = plan.step(points[i - 1], points[i], [points[j] for j in nodes], self.pseudo_corrector)
+            history.append(x - now.x0 - linear[i] * x)
+            if i in correctors:
+                nodes, step = correctors[i]
                 # f at the new point stays: the correction moves x and leaves sigma * eps - l x
                 x = x + (_apply(step, before, [history[j] for j in nodes]) - predicted)
-            used = multistep_order(i, steps, self.order, self.lower_order_final)
-            nodes = list(range(i, i - used, -1))
-            step = plan.step(points[i], points[i + 1], [points[j] for j in nodes], pseudo)
+            nodes, step = predictors[i]
             before = x
             x = predicted = _apply(step, x, [history[j] for j in nodes])
         return x
+
+    def _weights(
+        self, points: list[int], values: list[float], corrector: str, pseudo: bool, x: Tensor
+    ) -> tuple[dict[int, tuple[list[int], StepWeights]], dict[int, tuple[list[int], StepWeights]]]:
+        """What predicts from each step, and what corrects at some: (steps whose f is used, weights as x is).
+
+        All of them before the first step and in one copy to the device, which the loop is not to wait for.
+        """
+        predictors: dict[int, tuple[list[int], StepWeights]] = {}
+        correctors: dict[int, tuple[list[int], StepWeights]] = {}
+        used, steps = 0, len(values) - 1
+        for i in range(len(points) - 1):
+            reach = used + self.pseudo_corrector
+            if i > 0 and reach > 1 and self._corrects(corrector, values[i]):
+                nodes = [i - 1, i, *range(i - 2, i - reach, -1)]
+                correctors[i] = nodes, self._step(points, i - 1, nodes, self.pseudo_corrector)
+            used = multistep_order(i, steps, self.order, self.lower_order_final)
+            nodes = list(range(i, i - used, -1))
+            predictors[i] = nodes, self._step(points, i, nodes, pseudo)
+        return _moved(predictors, x), _moved(correctors, x)
+
+    def _step(self, points: list[int], i: int, nodes: list[int], pseudo: bool) -> StepWeights:
+        return self.integrals.step(points[i], points[i + 1], [points[j] for j in nodes], pseudo)
 
     def _corrects(self, corrector: str, sigma: float) -> bool:
         return {"none": False, "full": True, "late": sigma <= self.half_sigma, "early": sigma > self.half_sigma}[
@@ -222,10 +242,20 @@ class DPMSolverV3:
         ]
 
 
+def _moved(steps: dict[int, tuple[list[int], StepWeights]], x: Tensor) -> dict[int, tuple[list[int], StepWeights]]:
+    """The same weights in the dtype and on the device of x."""
+    flat = [t for _, step in steps.values() for t in (step.decay, step.offset, *step.weights)]
+    there = iter(torch.stack(flat).to(x).unbind()) if flat else iter(())
+    return {
+        i: (nodes, StepWeights(next(there), next(there), tuple(next(there) for _ in step.weights)))
+        for i, (nodes, step) in steps.items()
+    }
+
+
 def _apply(step: StepWeights, x: Tensor, points: list[Tensor]) -> Tensor:
-    x = step.decay.to(x) * x + step.offset.to(x)
+    x = step.decay * x + step.offset
     for weight, f in zip(step.weights, points, strict=True):
-        x = x + weight.to(x) * f
+        x = x + weight * f
     return x
 
 

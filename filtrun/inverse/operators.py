@@ -35,6 +35,7 @@ class Operator:
 
     def __init__(self, shape: tuple[int, int, int], singular: Tensor) -> None:
         self.shape, self.singular = shape, singular
+        self._moved: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     # -- what a kind of operator has to say -------------------------------------------------------------------------
     def basis(self, x: Tensor) -> Tensor:
@@ -74,7 +75,16 @@ class Operator:
 
     def spectrum(self, like: Tensor) -> Tensor:
         """The singular values in the dtype and on the device of a real tensor."""
-        return self.singular.to(like.device, like.dtype)
+        return self.moved(self.singular, like)
+
+    def moved(self, part: Tensor, like: Tensor) -> Tensor:
+        """A tensor of this operator in the dtype and on the device of `like`: copied once, since copies wait."""
+        if part.device == like.device and part.dtype == like.dtype:
+            return part
+        key = id(part), like.device, like.dtype
+        if key not in self._moved:
+            self._moved[key] = part, part.to(like.device, like.dtype)  # as long as it is kept, its id is its own
+        return self._moved[key][1]
 
     @property
     def count(self) -> int:
@@ -105,7 +115,7 @@ class Mask(Operator):
         return self.spectrum(y) * y
 
     def measurement(self, coordinates: Tensor) -> Tensor:
-        return (self.singular.to(coordinates.device) > 0) * coordinates
+        return (self.spectrum(coordinates) > 0) * coordinates
 
     def picture(self, y: Tensor) -> Tensor:
         """Holes are grey: 0 in [-1, 1]."""
@@ -122,6 +132,7 @@ class Separable(Operator):
 
     def __init__(self, rows: Tensor, columns: Tensor, channels: int = 1) -> None:
         self._rows, self._columns = _svd(rows), _svd(columns)
+        self._rows_t, self._columns_t = ((u.mT, v.mT) for u, _, v in self.parts)
         sides = rows.shape[1], columns.shape[1]
         values = [torch.nn.functional.pad(s, (0, n - len(s))) for (_, s, _), n in zip(self.parts, sides, strict=True)]
         super().__init__((channels, *sides), (values[0][:, None] * values[1])[None].expand(channels, -1, -1))
@@ -132,27 +143,26 @@ class Separable(Operator):
         return self._rows, self._columns
 
     def basis(self, x: Tensor) -> Tensor:
-        return self._both(x, self._rows[2].mT, self._columns[2])
+        return self._both(x, self._rows_t[1], self._columns[2])
 
     def image(self, coordinates: Tensor) -> Tensor:
-        return self._both(coordinates, self._rows[2], self._columns[2].mT)
+        return self._both(coordinates, self._rows[2], self._columns_t[1])
 
     def measured(self, y: Tensor) -> Tensor:
-        seen = self._both(y, self._rows[0].mT, self._columns[0])
+        seen = self._both(y, self._rows_t[0], self._columns[0])
         height, width = self.shape[1:]
         return torch.nn.functional.pad(seen, (0, width - seen.shape[-1], 0, height - seen.shape[-2]))
 
     def measurement(self, coordinates: Tensor) -> Tensor:
         height, width = self._rows[0].shape[1], self._columns[0].shape[1]
-        return self._both(coordinates[..., :height, :width], self._rows[0], self._columns[0].mT)
+        return self._both(coordinates[..., :height, :width], self._rows[0], self._columns_t[0])
 
     def picture(self, y: Tensor) -> Tensor:
         """Low resolution, each pixel repeated."""
         return torch.nn.functional.interpolate(y, self.shape[1:], mode="nearest")
 
-    @staticmethod
-    def _both(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return left.to(x.device, x.dtype) @ x @ right.to(x.device, x.dtype)
+    def _both(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return self.moved(left, x) @ x @ self.moved(right, x)
 
 
 def downsample(shape: tuple[int, int, int], factor: int, kind: str = "average") -> Separable:
@@ -194,6 +204,7 @@ class Blur(Operator):
         values = (values + values.flip(0, 1).roll((1, 1), (0, 1))) / 2  # k and -k: equal to the last bit
         values = values.where(values > max(cutoff, 1e-12) * values.max(), 0)
         self._phase = torch.where(values > 0, response / response.abs().clamp(min=1e-300), 0)
+        self._phase_conj = self._phase.conj().resolve_conj()
         super().__init__(shape, values[None].expand(shape))
 
     def basis(self, x: Tensor) -> Tensor:
@@ -204,10 +215,10 @@ class Blur(Operator):
 
     def measured(self, y: Tensor) -> Tensor:
         seen = torch.fft.fft2(y, norm="ortho")
-        return self._phase.conj().to(seen.device, seen.dtype) * seen
+        return self.moved(self._phase_conj, seen) * seen
 
     def measurement(self, coordinates: Tensor) -> Tensor:
-        return self.image(self._phase.to(coordinates.device, coordinates.dtype) * coordinates)
+        return self.image(self.moved(self._phase, coordinates) * coordinates)
 
     def picture(self, y: Tensor) -> Tensor:
         return y
@@ -237,19 +248,19 @@ class Rows(Operator):
         super().__init__(shape, values.view(1, height, width).expand(shape))
 
     def basis(self, x: Tensor) -> Tensor:
-        return (x.flatten(2) @ self._right.to(x.device, x.dtype)).view(x.shape)
+        return (x.flatten(2) @ self.moved(self._right, x)).view(x.shape)
 
     def image(self, coordinates: Tensor) -> Tensor:
         z = coordinates
-        return (z.flatten(2) @ self._right.mT.to(z.device, z.dtype)).view(z.shape)
+        return (z.flatten(2) @ self.moved(self._right, z).mT).view(z.shape)
 
     def measured(self, y: Tensor) -> Tensor:
-        seen = y @ self._left.to(y.device, y.dtype)
+        seen = y @ self.moved(self._left, y)
         room = math.prod(self.shape[1:])
         return torch.nn.functional.pad(seen, (0, room - seen.shape[-1])).view(*y.shape[:2], *self.shape[1:])
 
     def measurement(self, coordinates: Tensor) -> Tensor:
-        left = self._left.to(coordinates.device, coordinates.dtype)
+        left = self.moved(self._left, coordinates)
         return coordinates.flatten(2)[..., : left.shape[1]] @ left.mT
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from filtrun.constants import constant
 from filtrun.errors import UserError, closest
 from filtrun.lut.curves import apply_curves
 from filtrun.lut.interpolation import apply_lut
@@ -48,7 +49,10 @@ class Cube:
             table, low, high = self.table.to(image.device), self.domain_min, self.domain_max
             return apply_lut(image, table, interpolation, domain_min=low, domain_max=high)
         curves = self.table.to(image.device, torch.promote_types(image.dtype, torch.float32))
-        start, end = (curves.new_tensor(ends).view(1, 3, 1, 1) for ends in (self.domain_min, self.domain_max))
+        start, end = (
+            constant(tuple(ends), curves.dtype, curves.device).view(1, 3, 1, 1)
+            for ends in (self.domain_min, self.domain_max)
+        )
         return apply_curves((image - start) / (end - start), curves).to(image.dtype)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from filtrun.constants import constant
 from filtrun.errors import UserError, unknown
 from filtrun.lut import fused
 from filtrun.lut.lattice import Lattice
@@ -75,7 +76,7 @@ def apply_lut(
         vertices = vertices.to(dtype)
     x, table = image.to(dtype), lut.to(dtype)
     if low != [0.0] * 3 or high != [1.0] * 3:
-        start, end = (x.new_tensor(ends).view(1, 3, 1, 1) for ends in (low, high))
+        start, end = (constant(tuple(ends), x.dtype, x.device).view(1, 3, 1, 1) for ends in (low, high))
         x = (x - start) / (end - start)
     if x.numel() == 0:
         return x.new_empty(x.shape[0], lut.shape[-4], *x.shape[2:]).to(image.dtype)

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from filtrun.constants import constant
+
 
 class Scheme(Protocol):
     """What the lookup needs of a way to interpolate with K corners a pixel."""
@@ -35,7 +37,7 @@ class Trilinear:
     """Weighted mean of all eight corners; continuous, with kinks at the cell faces."""
 
     def corners(self, fractions: Tensor, size: int) -> Tensor:
-        line = torch.tensor([0, 1], dtype=torch.int32, device=fractions.device)
+        line = torch.arange(2, dtype=torch.int32, device=fractions.device)
         face = torch.cat([line, line + size])
         return torch.cat([face, face + size * size])[:, None]
 
@@ -85,8 +87,8 @@ class Tetrahedral:
         red, green, blue = fractions
         case = (red >= green).to(torch.int32)
         case = case.add_(green >= blue, alpha=2).add_(red >= blue, alpha=4)
-        tables = [[by_axis[axis] for axis in axes] for axes in (self.FIRST, self.LAST)]
-        first, last = torch.tensor(tables, dtype=torch.int32, device=fractions.device)
+        tables = tuple(tuple(by_axis[axis] for axis in axes) for axes in (self.FIRST, self.LAST))
+        first, last = constant(tables, torch.int32, fractions.device)
         return first.index_select(0, case), last.index_select(0, case)
 
     def corners(self, fractions: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from filtrun.constants import constant
 from filtrun.errors import UserError
 from filtrun.precision import full_precision
 
@@ -34,7 +35,7 @@ def luma(x: Tensor) -> Tensor:
     """
     if x.shape[1] == 1:
         return (16 + sum(STUDIO) * x) / 255
-    weights = torch.tensor(STUDIO, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
+    weights = constant(STUDIO, x.dtype, x.device).view(1, 3, 1, 1)
     return (16 + (x * weights).sum(1, keepdim=True)) / 255
 
 
@@ -56,12 +57,11 @@ def from_ycbcr(x: Tensor) -> Tensor:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    rows = [list(STUDIO), [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]
-    return torch.tensor(rows, dtype=x.dtype, device=x.device) / 255
+    return constant((STUDIO, (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214)), x.dtype, x.device) / 255
 
 
 def _offset(x: Tensor) -> Tensor:
-    return torch.tensor([16.0, 128.0, 128.0], dtype=x.dtype, device=x.device).view(1, 3, 1, 1) / 255
+    return constant((16.0, 128.0, 128.0), x.dtype, x.device).view(1, 3, 1, 1) / 255
 
 
 def round8(x: Tensor) -> Tensor:
@@ -155,9 +155,9 @@ def lab(x: Tensor) -> Tensor:
     """sRGB (N, 3, H, W) in [0, 1] -> CIELAB (N, 3, H, W), white point D65 / 2 degrees."""
     x = x.double().clamp(0, 1)
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
-    rows = [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
-    xyz = torch.einsum("dc,nchw->ndhw", torch.tensor(rows, dtype=x.dtype, device=x.device), linear)
-    xyz = xyz / torch.tensor([0.95047, 1.0, 1.08883], dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
+    rows = (0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227)
+    xyz = torch.einsum("dc,nchw->ndhw", constant(rows, x.dtype, x.device), linear)
+    xyz = xyz / constant((0.95047, 1.0, 1.08883), x.dtype, x.device).view(1, 3, 1, 1)
     f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-12) ** (1 / 3), 7.787 * xyz + 16 / 116)
     fx, fy, fz = f.unbind(1)
     return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], 1)

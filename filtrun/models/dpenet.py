@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from filtrun.constants import constant
 from filtrun.errors import UserError, unknown
 
 DILATIONS = (1, 2, 5)
@@ -164,7 +165,7 @@ def ssim_zero_padded(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5)
 def laplacian(x: Tensor) -> Tensor:
     """What a blurred, halved and doubled copy of x (N, C, H, W) leaves out: the edges, of the same shape."""
     channels = x.shape[1]
-    line = torch.tensor([0.05, 0.25, 0.4, 0.25, 0.05], device=x.device, dtype=x.dtype)
+    line = constant((0.05, 0.25, 0.4, 0.25, 0.05), x.dtype, x.device)
     weight = torch.outer(line, line).expand(channels, 1, 5, 5)
 
     def blur(image: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class LLFLUT(nn.Module):
     """
 
     tileable = False  # the weights depend on the whole image
+    waits = {"hysteresis": "edges of the low-pass image grow along chains whose length is not known before"}
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ class ThresholdGuidance(Guided):
     def reset(self) -> None:
         self.done: Tensor | None = None
         self.crossed: Tensor | None = None
+        self.left: Tensor | None = None  # samples still guided; None: all
         self.seen = -1
         self.cosines: list[Tensor] = []
 
@@ -78,7 +79,9 @@ class ThresholdGuidance(Guided):
         starts = self.step != self.seen
         if starts:  # what the last step found counts from here on
             self.seen, self.done = self.step, self.crossed
-        rows = None if self.done is None else (~self.done).nonzero()[:, 0]
+            # how large the call is to be has to be known here: the one wait for the device in a step
+            self.left = None if self.done is None else (~self.done).nonzero()[:, 0]
+        rows = self.left
         if rows is not None and len(rows) == 0:
             return self.inner(x, sigma, cond)
         if rows is not None and len(rows) == len(x):

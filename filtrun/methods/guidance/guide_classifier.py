@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from filtrun.constants import constant
 from filtrun.errors import UserError
 from filtrun.method import parent_of
 
@@ -36,7 +37,7 @@ class Guide:
         if self.inputs != "signed":
             x = (x + 1) / 2
         if self.inputs == "imagenet":
-            mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+            mean, std = (constant(row, x.dtype, x.device) for row in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
             if x.shape[1] == 1:
                 mean, std = mean.mean(), std.mean()
             x = (x - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from filtrun.constants import constant
 from filtrun.errors import UserError
 
 BITS = (1, 2, 4, 8)
@@ -46,14 +47,14 @@ def encode(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     The deviation is the unbiased one; an entry on a border gets the lower code.
     """
     mean, std = weight.mean(), weight.std()
-    borders = torch.tensor(codebook(bits)[1], dtype=weight.dtype, device=weight.device)
+    borders = constant(codebook(bits)[1], weight.dtype, weight.device)
     codes = torch.bucketize(((weight - mean) / (std + EPS)).detach(), borders)
     return codes, mean, std
 
 
 def decode(codes: Tensor, mean: Tensor, std: Tensor, bits: int) -> Tensor:
     """The weights that codes stand for: value * deviation + mean, in the type of `mean`."""
-    values = torch.tensor(codebook(bits)[0], dtype=mean.dtype, device=codes.device)
+    values = constant(codebook(bits)[0], mean.dtype, codes.device)
     return values[codes] * std + mean
 
 
@@ -64,7 +65,7 @@ def fake_quantise(weight: Tensor, bits: int) -> Tensor:
     """
     codes, mean, std = encode(weight, bits)
     normal = (weight - mean) / (std + EPS)
-    values = torch.tensor(codebook(bits)[0], dtype=weight.dtype, device=weight.device)
+    values = constant(codebook(bits)[0], weight.dtype, weight.device)
     return (values[codes] + (normal - normal.detach())) * std + mean
 
 

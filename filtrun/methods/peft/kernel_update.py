@@ -13,6 +13,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from filtrun.constants import constant
+
 RULES = ("code", "soft", "hard")
 KERNELS = ("distance", "linear")
 LARGEST_QUANTILE = 16_000_000
@@ -23,7 +25,7 @@ BLOCK = 1 << 18
 
 def signed_sum(parts: Tensor, scale: float) -> Tensor:
     """scale * (parts[0] - parts[1] + parts[2] - ...): (H, in, out) -> (in, out)."""
-    signs = torch.tensor([(-1.0) ** h for h in range(len(parts))], dtype=parts.dtype, device=parts.device)
+    signs = constant(tuple((-1.0) ** h for h in range(len(parts))), parts.dtype, parts.device)
     return torch.sum(scale * signs.view(-1, 1, 1) * parts, dim=0)
 
 
@@ -53,7 +55,7 @@ def magnitude_quantile(magnitudes: Tensor, share: float) -> Tensor:
     rank = (torch.tensor(share, dtype=kind) * (flat.numel() - 1)).clamp(0, flat.numel() - 1)
     low = int(rank.floor())
     weight = float(rank - low)
-    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
+    if flat.device == torch.device("cpu") and flat.dtype in (torch.float32, torch.float64):
         places = [low] if weight == 0 else [low, low + 1]
         chosen = torch.from_numpy(numpy.partition(flat.detach().numpy(), places)[places])
         return chosen[0] if weight == 0 else torch.lerp(chosen[0], chosen[1], weight)
