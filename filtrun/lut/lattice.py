@@ -127,7 +127,7 @@ class _Search:
 
     def __init__(self, nodes: Tensor, rows: Tensor):
         size = nodes.shape[1]
-        edges = torch.arange(BINS + 1, dtype=nodes.dtype).div_(BINS).expand(3, -1).contiguous()
+        edges = torch.arange(BINS + 1, dtype=nodes.dtype, device=nodes.device).div_(BINS).expand(3, -1).contiguous()
         first = _below(nodes, edges)
         self.steps = int(first.diff(dim=1).amax())
         self.bins, self.rows, self.offsets = (first + rows * size).view(-1), rows * size, rows * (BINS + 1)
