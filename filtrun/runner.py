@@ -77,11 +77,11 @@ def _wrap(run: Run, groups: list[dict[str, Any]]) -> None:
     run.net = run.optimizer = None  # an old wrapper must not outlive the tensors it was made for
     if groups:
         optimizer = make_optimizer(run.trainer, groups, _no_matrices(run))
-        run.net, run.optimizer = run.fabric.setup(way.wrapped(run.model), optimizer)
+        module = way.wrapped(run.model)
+        run.net, run.optimizer = run.fabric.setup(module, optimizer)
         run.plain = is_plain(run)
-        if run.plain and way.compile is None:
-            # nothing to reduce: the wrapper only takes time (and passes attributes on to the model)
-            run.net.__dict__["forward"] = _forward(run)
+        if run.plain:  # nothing to reduce: the wrapper only takes time (and passes attributes on to the model)
+            run.net.__dict__["forward"] = _forward(run, module)
     else:
         run.net = run.fabric.setup_module(run.model) if run.fabric.world_size == 1 else run.model.to(run.device)
 
@@ -94,15 +94,15 @@ def is_plain(run: Run) -> bool:
     return isinstance(strategy, SingleDeviceStrategy) and strategy.precision.precision in ("32-true", "bf16-mixed")
 
 
-def _forward(run: Run) -> Callable[..., Any]:
-    """The model's forward pass in the run's precision."""
-    model, precision = run.model.__call__, run.fabric.strategy.precision
+def _forward(run: Run, module: nn.Module) -> Callable[..., Any]:
+    """The forward pass of `module` in the run's precision."""
+    precision = run.fabric.strategy.precision
     if precision.precision == "32-true":
-        return model
+        return module.__call__
 
     def forward(*args: Any, **options: Any) -> Any:
         with precision.forward_context():
-            output = model(*args, **options)
+            output = module(*args, **options)
         return precision.convert_output(output)
 
     return forward
