@@ -43,6 +43,7 @@ bench: .venv/.extras
 	$(BIN)/python -m bench.memory --device $(DEVICE)
 	$(BIN)/python -m bench.speed --device $(DEVICE)
 	$(BIN)/python -m bench.lut --device $(DEVICE)
+	$(BIN)/python -m bench.optimizers --device $(DEVICE)
 	$(BIN)/python -m bench.sweep_overhead
 	$(BIN)/python -m bench.records
 	$(BIN)/python -m bench.vectorize --device $(DEVICE)
