@@ -85,24 +85,10 @@ def _suite(
     made, node, trust, kinds, picked = _described(method, overrides, config_dir)
     yield _result("names its source", "", checks.names_its_source, made)
     yield _result("refuses bad options", "", checks.refuses_bad_options, made, node, trust)
-    if any(word.startswith(("model=", "task=")) for word in overrides):
-        settings = [tiny(overrides, picked)]
-    else:
-        known = [kind for kind in kinds if kind in SETTINGS]
-        models = (node.get("needs") or {}).get("models")  # the method's config may say which models it is for
-        settings = [
-            [f"model={name}", *small, *overrides]
-            for kind in known
-            for name, small in SETTINGS[kind].items()
-            if models is None or name in models
-        ]
-        if not known and "denoise" in kinds and picked not in IMAGE_SETTINGS:
-            picked = "mid"
-        if not known and picked in IMAGE_SETTINGS:
-            settings = [[f"model={picked}", *IMAGE_SETTINGS[picked], *overrides]]
+    settings = _settings(node, kinds, picked, overrides)
+    if not settings:
         for kind in kinds:
-            if kind not in SETTINGS and not settings:
-                yield Check("composes", kind, "skipped", f"no tiny setting for task={kind}; name one with model=")
+            yield Check("composes", kind, "skipped", f"no tiny setting for task={kind}; name one with model=")
     twice = not ddp
     for words in settings:
         try:
@@ -122,6 +108,28 @@ def _suite(
         if not twice and not bench.has_batch_norm:
             twice = True
             yield _result("two processes", bench.name, checks.runs_on_two_processes, bench, words, config_dir)
+
+
+def settings_of(method: str) -> list[list[str]]:
+    """The overrides of every tiny setting the suite tries a method of the configuration in."""
+    _, node, _, kinds, picked = _described(method, [], None)
+    return _settings(node, kinds, picked, [])
+
+
+def _settings(node: dict[str, Any], kinds: list[str], picked: str, overrides: list[str]) -> list[list[str]]:
+    if any(word.startswith(("model=", "task=")) for word in overrides):
+        return [tiny(overrides, picked)]
+    known = [kind for kind in kinds if kind in SETTINGS]
+    if known:
+        models = (node.get("needs") or {}).get("models")  # the method's config may say which models it is for
+        return [
+            [f"model={name}", *small, *overrides]
+            for kind in known
+            for name, small in SETTINGS[kind].items()
+            if models is None or name in models
+        ]
+    picked = "mid" if "denoise" in kinds and picked not in IMAGE_SETTINGS else picked
+    return [[f"model={picked}", *IMAGE_SETTINGS[picked], *overrides]] if picked in IMAGE_SETTINGS else []
 
 
 def _described(
