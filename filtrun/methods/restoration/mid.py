@@ -117,6 +117,7 @@ class MID(Method):
     def draw_noise(self, shape: torch.Size | tuple[int, ...], device: torch.device | str) -> Tensor:
         """Noise (N, C, H, W) for a batch: patches of the pool, cut and mirrored at random (global generator)."""
         assert self.noise is not None
+        self.noise = self.noise.to(device)  # of a resumed run it comes from the disk
         which = torch.randint(len(self.noise), (shape[0],), device=device)
         return CropTurn(shape[-1], flip=True, rotate=False)(self.noise[which])
 
