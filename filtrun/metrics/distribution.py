@@ -116,12 +116,9 @@ def kid(
         raise UserError(f"KID needs at least 2 images in each set and 1 subset; got {size} and {subsets}")
     generator = torch.Generator().manual_seed(seed)
     x, y = real.double(), fake.double()
-    values = []
-    for _ in range(subsets):
-        rows = torch.randperm(len(x), generator=generator)[:size].to(x.device)
-        cols = torch.randperm(len(y), generator=generator)[:size].to(y.device)
-        values.append(polynomial_mmd(x[rows], y[cols], degree))
-    scores = torch.stack(values)
+    draws = [torch.randperm(len(z), generator=generator)[:size] for _ in range(subsets) for z in (x, y)]
+    rows, cols = torch.stack(draws).to(x.device).view(subsets, 2, size).unbind(1)  # one copy, not one for each subset
+    scores = torch.stack([polynomial_mmd(x[r], y[c], degree) for r, c in zip(rows, cols, strict=True)])
     return scores.mean().item(), scores.std(correction=0).item()
 
 
