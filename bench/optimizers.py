@@ -1,6 +1,6 @@
 """Time of an optimizer step on one square matrix by its width, over the number of entries: AdamW, Muon, AuON in turn.
 
-Run with ``python -m bench.optimizers [--widths 256 512 1024 2048] [--device cuda]``. A rule in linear time takes the
+Run with ``python -m bench.optimizers [--widths 512 1024 2048] [--device cuda]``. A rule in linear time takes the
 same time an entry at every width; Newton-Schulz steps are matrix products, whose time an entry grows with the width.
 """
 
@@ -17,7 +17,7 @@ from filtrun.optimizers import AuON, Muon
 def main() -> int:
     """Measure and print; returns 1 when AuON's time an entry grows by more than half over the widths."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--widths", type=int, nargs="+", default=(256, 512, 1024, 2048))
+    parser.add_argument("--widths", type=int, nargs="+", default=(512, 1024, 2048))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()

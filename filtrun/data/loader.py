@@ -70,7 +70,8 @@ def epoch_batches(
         raise UserError(f"the split {split.name!r} has no images")
     order = epoch_order(len(split), seed, epoch, shuffle)
     count = batches_per_epoch(split, batch_size, drop_last)
-    slices = [order[i * batch_size : (i + 1) * batch_size].tensor_split(world)[rank] for i in range(skip, count)]
+    batches = order[skip * batch_size : count * batch_size].split(batch_size) if skip < count else ()
+    slices = [batch if world == 1 else batch.tensor_split(world)[rank] for batch in batches]
     device = torch.device(device)
     if split.tensor_backed:
         return _from_tensor(split.to(device), slices, augment)
