@@ -14,8 +14,13 @@ from filtrun.context import Run
 from filtrun.method import Method
 from filtrun.waits import DEVICE, Event, Watch
 
-STEPS, SHORT = 20, 10
-"""Steps of a run of several phases, which share them, and of one phase."""
+STEPS = 20
+"""Steps of a run of several phases, which share them."""
+
+
+def enough(epoch: int) -> int:
+    """Steps of a run of one phase that hold two ordinary ones running, with `epoch` steps an epoch."""
+    return 6 if epoch > 4 else 10
 
 
 class Steps(Method):
@@ -67,7 +72,7 @@ def watched(bench: BenchRun, callbacks: Sequence[Method] = (), **trainer: Any) -
         if run.optimizer is None:
             return run, watch.events
         if len(run.phases) == 1:
-            run.phases[0].steps = min(SHORT, run.phases[0].steps)
+            run.phases[0].steps = min(enough(run.steps_per_epoch), run.phases[0].steps)
         for callback in callbacks:
             if isinstance(callback, Ema):
                 callback.start(run)
