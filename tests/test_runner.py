@@ -469,3 +469,15 @@ def test_half_precision_reaches_layers_and_not_the_inputs(
     assert ("forward" in vars(run.net)) is not wrapped
     out = run.net(torch.rand(2, 1, 8, 8) * 999)
     assert out.dtype == torch.float32 and seen == [torch.float32, torch.bfloat16]
+
+
+def test_an_optimizer_clears_gradients_in_its_own_way_if_it_has_one() -> None:
+    class Own(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            weight.grad = torch.full_like(weight, 5.0)
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    for optimizer, left in ((torch.optim.SGD([weight], lr=0.1), None), (Own([weight], lr=0.1), 5.0)):
+        weight.grad = torch.ones(2)
+        runner.drop_gradients(optimizer)
+        assert (None if weight.grad is None else weight.grad[0].item()) == left

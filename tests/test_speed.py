@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +223,11 @@ def test_the_record_and_the_log_say_what_was_chosen(smoke: Any, tmp_path: Path) 
     assert f"speed=auto (train): {told['chosen']}; plain " in (tmp_path / "run" / "filtrun.log").read_text()
     wrong = smoke(*words, "speed=fast", f"hydra.run.dir={tmp_path / 'other'}")
     assert wrong.code == 2 and "unknown speed 'fast'" in wrong.err and "auto, max, off" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("device", "accumulate", "mode"), [("cuda", 1, "reduce-overhead"), ("cuda", 2, "default"), ("cpu", 1, "default")]
+)
+def test_cuda_graphs_are_left_out_where_gradients_add_up(device: str, accumulate: int, mode: str) -> None:
+    run: Any = SimpleNamespace(device=torch.device(device), trainer=SimpleNamespace(accumulate=accumulate))
+    assert speed._mode(run) == mode
