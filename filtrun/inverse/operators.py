@@ -82,9 +82,10 @@ class Operator:
         if part.device == like.device and part.dtype == like.dtype:
             return part
         key = id(part), like.device, like.dtype
-        if key not in self._moved:
-            self._moved[key] = part, part.to(like.device, like.dtype)  # as long as it is kept, its id is its own
-        return self._moved[key][1]
+        kept = self._moved.get(key)
+        if kept is None or kept[0] is not part:  # in a copy of an operator, ids are those of the other one's tensors
+            kept = self._moved[key] = part, part.to(like.device, like.dtype)
+        return kept[1]
 
     @property
     def count(self) -> int:
